@@ -1,0 +1,30 @@
+# Two commands for a fresh machine: `make demo` makes a picture, `make test` passes the tests.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint types check setup clean
+
+demo: setup
+	$(BIN)/penstock generate demo "a red circle left of a blue square" --seed 0 --out out.png
+
+test: setup
+	$(BIN)/pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup
+	$(BIN)/mypy
+
+check: lint types test
+
+setup: .venv/ready
+
+.venv/ready: pyproject.toml requirements.txt constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet -r requirements.txt
+	touch $@
+
+clean:
+	rm -rf .venv out.png

@@ -1,0 +1,55 @@
+"""From an exception to one clear line and an exit code: 2 for usage, 1 for failure, 130 for Ctrl-C."""
+
+from __future__ import annotations
+
+import logging
+import os
+import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import typer
+
+from penstock.cli.interrupts import INTERRUPTED
+from penstock.errors import PenstockError
+
+
+@contextmanager
+def reported(debug: bool) -> Iterator[None]:
+    """Run a command; what it raises becomes one line on standard error, or a traceback with `--debug`."""
+    if not debug:
+        _silence_libraries()
+    try:
+        yield
+    except KeyboardInterrupt:
+        say("interrupted; no unfinished file is left behind.")
+        raise typer.Exit(INTERRUPTED) from None
+    except (typer.Exit, BrokenPipeError):
+        raise
+    except PenstockError as error:
+        _explain(f"error: {error}", debug)
+        raise typer.Exit(error.exit_code) from None
+    except Exception as error:  # a defect of penstock's: still no traceback unless asked for
+        _explain(f"internal error: {type(error).__name__}: {error} Run again with --debug to see where.", debug)
+        raise typer.Exit(PenstockError.exit_code) from None
+
+
+def _silence_libraries() -> None:
+    """Keep standard error for our own lines; the variables are read when the libraries are first imported."""
+    warnings.simplefilter("ignore")
+    for library in ("diffusers", "transformers", "huggingface_hub", "accelerate"):
+        logging.getLogger(library).setLevel(logging.CRITICAL)
+    for variable in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"):
+        os.environ.setdefault(variable, "critical")
+
+
+def _explain(line: str, debug: bool) -> None:
+    if debug:
+        traceback.print_exc()
+    say(line)
+
+
+def say(text: str) -> None:
+    """Print one line on standard error, whatever the text's own lines."""
+    typer.echo(" ".join(text.split()), err=True)

@@ -1,0 +1,166 @@
+"""`penstock generate`: from a prompt to a file."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from penstock.cli.interrupts import interruptible
+from penstock.cli.options import RequestOptions, command
+from penstock.config import LoadConfig
+from penstock.request import GenerationRequest, StepEvent
+
+if TYPE_CHECKING:
+    from penstock.engine.build import Prepared
+
+_STEM = "out"
+
+
+@command
+def generate(
+    model: Annotated[str, typer.Argument(help="demo, a folder saved by diffusers, or a hub id.")],
+    prompt: Annotated[str | None, typer.Argument(help="What to draw.")] = None,
+    *,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="File to write; out.png, .mp4 or .wav.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON instead of text.")] = False,
+    request: RequestOptions,
+    load: LoadConfig,
+) -> None:
+    """Make a picture, a video or a sound, and write it to a file."""
+    asked = request.request(prompt)
+    from penstock.cli.progress import Bars
+    from penstock.engine.build import fill, prepare
+    from penstock.engine.generate import generate as run
+    from penstock.media.files import save
+
+    begun_s = time.perf_counter()
+    prepared = prepare(model, load)
+    target = check(prepared, asked, out)
+    story = Story(effective(prepared), notes_on(prepared, asked))
+    try:
+        with Bars(asked.num_images) as bars, interruptible() as check_interrupt:
+            pipeline = fill(prepared, bars.loading)
+            story.facts["load_s"] = round(time.perf_counter() - begun_s, 3)
+
+            def on_step(event: StepEvent) -> None:
+                check_interrupt()
+                bars.step(event)
+
+            for item, result in enumerate(run(pipeline, asked, on_step=on_step)):
+                path = save(result, story.path_of(result, target, item, asked.num_images), effective(prepared))
+                story.add(path, result, bars.print if not as_json else None)
+    finally:
+        if as_json and story.outputs:
+            typer.echo(story.to_json(is_complete=len(story.outputs) == asked.num_images))
+    if not as_json:
+        for note in story.notes:
+            typer.echo(f"note: {note}", err=True)
+
+
+class Story:
+    """What a run has made so far, for people line by line, or for machines at the end.
+
+    Attributes:
+        facts: the effective configuration and what was measured.
+        notes: what the user should know.
+        outputs: one entry per finished file.
+    """
+
+    def __init__(self, facts: dict[str, Any], notes: list[str]) -> None:
+        self.facts = facts
+        self.notes = notes
+        self.outputs: list[dict[str, Any]] = []
+
+    def path_of(self, result: Any, target: Path, item: int, count: int) -> Path:
+        """Where a result goes: with the suffix of what was really made, noted where that is another than expected."""
+        from penstock.media.files import SUFFIXES, numbered
+
+        path = numbered(target, item, count)
+        if path.suffix.lower() == SUFFIXES[result.kind]:
+            return path
+        self.notes.append(
+            f"the pipeline made a {result.kind}, so {path.name} became {path.stem}{SUFFIXES[result.kind]}"
+        )
+        return path.with_suffix(SUFFIXES[result.kind])
+
+    def add(self, path: Path, result: Any, show: Callable[[str], None] | None) -> None:
+        """Enter a finished file, and show its line."""
+        entry = _entry(path, result)
+        self.outputs.append(entry)
+        if show is not None:
+            show(f"{path}  {entry['description']}  seed {entry['seed']}  {entry['elapsed_s']} s")
+
+    def to_json(self, is_complete: bool) -> str:
+        """All of it in one line."""
+        return json.dumps({"outputs": self.outputs, "complete": is_complete, "notes": self.notes, **self.facts})
+
+
+def check(prepared: Prepared, asked: GenerationRequest, out: Path | None) -> Path:
+    """Refuse before any weights are read what cannot work; say where the result will go.
+
+    Raises:
+        UsageError: for arguments, sizes and paths that do not fit the pipeline.
+    """
+    from penstock.engine.arguments import call_arguments
+    from penstock.media.files import SUFFIXES, check_target, numbered
+    from penstock.models.sizes import output_kind
+
+    skeleton = prepared.skeleton.pipeline
+    kind = output_kind(type(skeleton))
+    call_arguments(asked, skeleton, prepared.notes.defaults)
+    target = (out or Path(_STEM + SUFFIXES[kind])).expanduser()
+    check_target(numbered(target, asked.num_images - 1, asked.num_images), kind)
+    return target
+
+
+def notes_on(prepared: Prepared, asked: GenerationRequest) -> list[str]:
+    """What to tell the user of the model's files, of arguments without effect, of a prompt the model cannot know."""
+    from penstock.engine.checks import effect_notes
+
+    notes = [*prepared.skeleton.notes, *effect_notes(prepared.skeleton.pipeline, asked.arguments)]
+    grammar = prepared.notes.prompts
+    prompt = asked.prompt if asked.prompt is not None else asked.arguments.get("prompt")
+    if grammar is not None and isinstance(prompt, str) and not grammar.knows(prompt):
+        model = prepared.skeleton.folder.model
+        notes.append(f"{model} was trained for prompts like: {grammar.description}. Yours is another.")
+    return notes
+
+
+def effective(prepared: Prepared) -> dict[str, Any]:
+    """The configuration that really took effect, as it is printed and written into files."""
+    import diffusers
+    import torch
+
+    from penstock import __version__
+
+    return {
+        "model": prepared.skeleton.folder.model,
+        "pipeline": type(prepared.skeleton.pipeline).__name__,
+        "device": str(prepared.device),
+        "dtype": str(prepared.dtype).removeprefix("torch."),
+        "variant": prepared.config.variant,
+        "revision": prepared.config.revision,
+        "versions": {"penstock": __version__, "diffusers": diffusers.__version__, "torch": torch.__version__},
+    }
+
+
+def _entry(path: Path, result: Any) -> dict[str, Any]:
+    entry: dict[str, Any] = {"path": str(path), "kind": result.kind, "seed": result.seed}
+    words = []
+    if result.images:
+        entry["width"], entry["height"] = result.images[0].size
+        words.append(f"{entry['width']}x{entry['height']}")
+    if result.kind == "video":
+        entry["num_frames"], entry["frame_rate"] = len(result.images), result.frame_rate
+        words.append(f"{entry['num_frames']} frames at {entry['frame_rate']:g} fps")
+    if result.audio is not None:
+        entry["sampling_rate_hz"] = result.sampling_rate_hz
+        words.append(f"sound at {result.sampling_rate_hz} Hz")
+    entry["arguments"] = result.arguments
+    entry["elapsed_s"] = round(result.elapsed_s, 3)
+    return {**entry, "description": ", ".join(words)}

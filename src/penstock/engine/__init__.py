@@ -1,0 +1,1 @@
+"""Running: put a pipeline together, call it, compare it with the plain one."""

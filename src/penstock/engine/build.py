@@ -1,0 +1,171 @@
+"""The only composer: from a name and a configuration to a pipeline that is placed and ready.
+
+    folder -> skeleton (no weights) -> checks -> components, one after the other -> stock pipeline on the device
+
+Owns the order in which these happen. Does not know requests or files of pictures.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from safetensors import SafetensorError
+
+from penstock.config import LoadConfig
+from penstock.engine.arguments import check_defaults
+from penstock.engine.placement import choose_device, choose_dtype
+from penstock.errors import ModelError, WeightsError
+from penstock.models.folder import ModelNotes, open_folder
+from penstock.models.quiet import quiet_libraries
+from penstock.models.skeleton import Skeleton, assemble, build_skeleton
+
+_NOTES: WeakKeyDictionary[Any, ModelNotes] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadEvent:
+    """A component is about to be loaded, or all are done.
+
+    Attributes:
+        component: its name; empty once all are loaded.
+        done_bytes: bytes of the components loaded so far, as their files hold them.
+        total_bytes: of all components.
+    """
+
+    component: str
+    done_bytes: int
+    total_bytes: int
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model that was found and checked, and whose weights are not loaded yet.
+
+    Attributes:
+        skeleton: the pipeline without weights.
+        config: what was asked for.
+        device: where the pipeline will run.
+        dtype: of its weights, but for modules that a class keeps in float32.
+    """
+
+    skeleton: Skeleton
+    config: LoadConfig
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def notes(self) -> ModelNotes:
+        """What the model's maker says of it."""
+        return self.skeleton.folder.notes
+
+
+def load(model: str | Path, *, on_progress: Callable[[LoadEvent], None] | None = None, **options: Any) -> Any:
+    """Load a pipeline: the stock diffusers class, its weights on the device.
+
+    Args:
+        model: `demo`, a folder saved by diffusers, or a hub id.
+        on_progress: called before each component and once at the end.
+        **options: fields of `LoadConfig`: device, dtype, variant, revision, trust_remote_code.
+
+    Returns:
+        The pipeline. Where the model's maker names a picture size in `penstock.json`, it is the
+        pipeline's own default size.
+
+    Raises:
+        UsageError: for what cannot work, before any weights are read.
+        ModelError: for files that are missing, truncated or corrupt.
+
+    Cost: each weight is read once; on a device other than the CPU the peak of host memory is one component.
+    """
+    return fill(prepare(model, LoadConfig.of(**options)), on_progress)
+
+
+def prepare(model: str | Path, config: LoadConfig) -> Prepared:
+    """Find a model and check that this machine can load it as asked.
+
+    Raises:
+        UsageError: for what cannot work.
+        ModelError: for files that are missing, truncated or corrupt.
+
+    Cost: configs, tokenizers and safetensors headers are read; no weights.
+    """
+    device = choose_device(config)
+    dtype = choose_dtype(config, device)
+    skeleton = build_skeleton(open_folder(model, config), config)
+    check_defaults(skeleton.folder.notes.defaults, type(skeleton.pipeline))
+    return Prepared(skeleton, config, device, dtype)
+
+
+def fill(prepared: Prepared, on_progress: Callable[[LoadEvent], None] | None = None) -> Any:
+    """Load the weights of a prepared model and return the stock pipeline, on its device.
+
+    Raises:
+        WeightsError: for files that cannot be read, or that lack a weight.
+        ModelError: where the weights do not fit on the device.
+    """
+    skeleton = prepared.skeleton
+    report = on_progress or _ignore
+    total_bytes = sum(map(skeleton.num_bytes, skeleton.classes))
+    modules: dict[str, Any] = {}
+    done_bytes = 0
+    for name in skeleton.classes:
+        report(LoadEvent(component=name, done_bytes=done_bytes, total_bytes=total_bytes))
+        try:
+            modules[name] = _load_component(prepared, name).to(prepared.device)
+        except torch.OutOfMemoryError as error:
+            raise ModelError(
+                f"{prepared.device} is full while {name} is loaded: {done_bytes} of {total_bytes} bytes of weights "
+                "were there before. Use a device with more memory, --dtype bfloat16, or --device cpu."
+            ) from error
+        done_bytes += skeleton.num_bytes(name)
+    parts = {name: part for name, part in skeleton.pipeline.components.items() if name not in modules}
+    pipeline = assemble(type(skeleton.pipeline), skeleton.folder, {**parts, **modules}, prepared.config)
+    _set_default_size(pipeline, prepared.notes)
+    _NOTES[pipeline] = prepared.notes
+    for note in skeleton.notes:
+        warnings.warn(note, UserWarning, stacklevel=2)
+    report(LoadEvent(component="", done_bytes=done_bytes, total_bytes=done_bytes))
+    return pipeline
+
+
+def notes_of(pipeline: Any) -> ModelNotes:
+    """What the maker of a loaded pipeline says of it; nothing for a pipeline that came from elsewhere."""
+    return _NOTES.get(pipeline, ModelNotes())
+
+
+def _ignore(event: LoadEvent) -> None:
+    """Report to nobody."""
+
+
+def _load_component(prepared: Prepared, name: str) -> torch.nn.Module:
+    skeleton = prepared.skeleton
+    path = skeleton.folder.component_path(name)
+    variant = prepared.config.variant
+    if not skeleton.has_variant(name, variant):
+        variant = None  # this component has no such files: its plain ones, as diffusers does
+    module: torch.nn.Module
+    try:
+        with quiet_libraries():
+            module, info = skeleton.classes[name].from_pretrained(
+                path, dtype=prepared.dtype, variant=variant, output_loading_info=True
+            )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise WeightsError(f"{path}: {type(error).__name__}: {str(error).strip()} Save the model again.") from error
+    missing = sorted(info["missing_keys"])
+    if missing:  # the libraries only log this, and go on with random weights
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise WeightsError(f"{path}: its files lack {missing[0]}{more}. Download or save the model again.")
+    return module.eval()
+
+
+def _set_default_size(pipeline: Any, notes: ModelNotes) -> None:
+    """Let a bare `pipe(prompt)` make the size that the model was trained for."""
+    size = notes.defaults.get("height")
+    if size and size == notes.defaults.get("width") and hasattr(pipeline, "default_sample_size"):
+        pipeline.default_sample_size = size // pipeline.vae_scale_factor

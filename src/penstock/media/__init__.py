@@ -1,0 +1,1 @@
+"""Pictures, videos and sound as files: whole or not at all, with what made them written inside."""

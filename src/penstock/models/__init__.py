@@ -1,0 +1,1 @@
+"""What a pipeline looks like: its folder, its skeleton without weights, its components, roles and stacks."""

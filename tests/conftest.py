@@ -1,0 +1,26 @@
+"""What the tests share: folders of tiny pipelines, made once per run, and a machine without a hub."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+# Before any library reads them: no test may reach the network, or leave a model's code in the user's cache.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="penstock-test-modules-")
+
+import pytest
+import torch
+
+from tests import zoo
+
+torch.set_num_threads(1)  # the tests are small; several threads only wait for each other on a busy machine
+
+
+@pytest.fixture(scope="session")
+def zoo_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Saved zoo pipelines by name; read-only for tests: copy one to change it."""
+    root = tmp_path_factory.mktemp("zoo")
+    return lambda name: zoo.folder(name, root)

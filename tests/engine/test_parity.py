@@ -1,0 +1,141 @@
+"""The harness itself: it passes what is equal, fails what is not, and its control is noticed."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils.outputs import BaseOutput
+
+import penstock
+from penstock import ConfigError, GenerationRequest
+from penstock.engine.parity import Verification, compare, damaged_weight, record
+from tests import zoo
+from tests.models.toys import Decoder
+
+REQUEST = GenerationRequest(prompt="red", width=56, height=40, num_inference_steps=2)
+
+
+def test_equal_arrays() -> None:
+    (difference,) = compare({"latents": np.ones((2, 3))}, {"latents": np.ones((2, 3))})
+    assert difference.max_difference == difference.relative == 0
+    assert math.isinf(difference.psnr_db)
+    assert difference.is_within(0)
+
+
+def test_measures() -> None:
+    reference = np.array([0.0, 2.0, 4.0])
+    (difference,) = compare({"a": reference}, {"a": reference + np.array([0, 0, 0.4])})
+    assert difference.max_difference == pytest.approx(0.4)
+    assert difference.relative == pytest.approx(0.1)
+    assert difference.psnr_db == pytest.approx(10 * math.log10(16 / (0.16 / 3)))
+    assert difference.is_within(0.11) and not difference.is_within(0.09) and not difference.is_within(0)
+
+
+@pytest.mark.parametrize(
+    "candidate",
+    [
+        {},
+        {"b": np.array([0.0, 1.0])},
+        {"a": np.zeros(3)},
+        {"a": np.array([0.0, np.nan])},
+        {"a": np.array([0.0, np.inf])},
+    ],
+)
+def test_missing_misshapen_and_unfinished_arrays_never_pass(candidate: dict[str, np.ndarray]) -> None:
+    assert not any(d.is_within(1e9) for d in compare({"a": np.array([0.0, 1.0])}, candidate))
+
+
+def test_array_that_only_the_candidate_has_never_passes() -> None:
+    same, extra = compare({"a": np.ones(2)}, {"a": np.ones(2), "b": np.ones(2)})
+    assert same.is_within(0) and not extra.is_within(1e9)
+
+
+def test_nothing_compared_is_not_passed() -> None:
+    empty = Verification(model="m", configuration={}, tolerance=0.0, differences=(), control=())
+    assert not empty.is_same and not empty.passed
+
+
+def test_run_that_leaves_nothing_to_compare_is_an_error() -> None:
+    class Speaks(DiffusionPipeline):
+        def __init__(self) -> None:
+            super().__init__()
+
+        def __call__(self) -> BaseOutput:
+            return BaseOutput(texts=["a dog"])
+
+    with pytest.raises(penstock.GenerationError, match="there is nothing to compare"):
+        record(Speaks(), {}, 0)
+
+
+def test_recording_holds_latents_and_output() -> None:
+    pipeline = zoo.build("flux")
+    recording = record(pipeline, {"prompt": "red", "width": 56, "height": 40, "num_inference_steps": 2}, 0)
+    assert set(recording) == {"latents", "images"}
+    assert recording["images"].shape == (1, 40, 56, 3) and recording["images"].dtype == np.float32
+    assert "decode" not in vars(pipeline.vae)
+
+
+def test_recording_of_two_vaes_and_sound() -> None:
+    call = dict(zoo.ENTRIES["ltx2"].call)
+    recording = record(zoo.build("ltx2"), call, 0)
+    assert {"latents[0]", "latents[1]", "frames", "audio"} <= set(recording)
+
+
+def test_damage_is_undone() -> None:
+    pipeline = zoo.build("flux")
+    before = {name: value.clone() for name, value in pipeline.transformer.state_dict().items()}
+    with damaged_weight(pipeline) as name:
+        path = name.removeprefix("transformer.")
+        assert not torch.equal(pipeline.transformer.state_dict()[path], before[path])
+    assert all(torch.equal(value, before[key]) for key, value in pipeline.transformer.state_dict().items())
+
+
+def test_damage_needs_a_denoiser() -> None:
+    class OnlyDecodes:
+        def __init__(self) -> None:
+            self.vae = Decoder()
+
+    with pytest.raises(ConfigError, match="Switch the control off"), damaged_weight(OnlyDecodes()):
+        pass
+
+
+def test_verify_passes_and_the_control_is_noticed(zoo_folder: Callable[[str], Path]) -> None:
+    verification = penstock.verify(zoo_folder("flux"), REQUEST)
+    assert verification.passed and verification.is_same and verification.is_sensitive
+    assert [difference.name for difference in verification.differences] == ["latents", "images"]
+    assert all(difference.max_difference == 0 for difference in verification.differences)
+    assert all(difference.relative > 1e-3 for difference in verification.control)
+    told = json.loads(verification.to_json())
+    assert told["passed"] is True and told["differences"][0]["is_equal"] is True
+
+
+def test_verify_fails_what_differs(zoo_folder: Callable[[str], Path]) -> None:
+    """bfloat16 is not float32: the same harness, another dtype, must say so."""
+    options = {"dtype": "bfloat16", "reference_dtype": "float32"}
+    strict = penstock.verify(zoo_folder("flux"), REQUEST, control=False, **options)
+    assert not strict.passed
+    loose = penstock.verify(zoo_folder("flux"), REQUEST, control=False, tolerance=1.0, **options)
+    assert loose.passed
+
+
+def test_tolerance_that_cannot_notice_the_control_fails(zoo_folder: Callable[[str], Path]) -> None:
+    verification = penstock.verify(zoo_folder("flux"), REQUEST, tolerance=1e9)
+    assert verification.is_same and not verification.is_sensitive and not verification.passed
+
+
+@pytest.mark.parametrize("tolerance", [-1.0, math.nan, math.inf])
+def test_tolerance_is_a_number_from_0_up(tolerance: float) -> None:
+    with pytest.raises(ConfigError, match="is not a number from 0 up"):
+        penstock.verify("demo", REQUEST, tolerance=tolerance)
+
+
+def test_one_picture_is_compared() -> None:
+    with pytest.raises(penstock.RequestError, match="num_images=2: verify compares one picture"):
+        penstock.verify("demo", GenerationRequest(prompt="x", num_images=2))

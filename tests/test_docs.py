@@ -1,0 +1,49 @@
+"""Every example in the documentation runs as it is printed."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from penstock.cli.app import app
+
+ROOT = Path(__file__).resolve().parents[1]
+CARD = ROOT / "src" / "penstock" / "demo" / "README.md"
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", CARD, *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"```(python|sh)\n(.*?)```", re.DOTALL)
+
+
+def blocks(language: str) -> list[tuple[str, str]]:
+    return [
+        (page.name, code) for page in PAGES for kind, code in BLOCK.findall(page.read_text("utf-8")) if kind == language
+    ]
+
+
+def commands() -> list[tuple[str, str]]:
+    lines = [(page, line) for page, code in blocks("sh") for line in code.splitlines()]
+    return [(page, line.removeprefix(".venv/bin/")) for page, line in lines if "penstock " in line.split("#")[0]]
+
+
+@pytest.mark.parametrize(("page", "code"), blocks("python"), ids=lambda value: value if value.endswith(".md") else "")
+def test_python(page: str, code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(CARD.parent if "FluxPipeline.from_pretrained" in code else tmp_path)
+    exec(compile(code, page, "exec"), {"__name__": "example"})
+
+
+@pytest.mark.parametrize(("page", "line"), commands())
+def test_command(page: str, line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    name, *arguments = shlex.split(line, comments=True)
+    assert name == "penstock"
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+
+
+def test_links_lead_somewhere() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text("utf-8")):
+            assert target.startswith("http") or (page.parent / target).exists(), f"{page.name}: {target}"
