@@ -19,7 +19,7 @@ OTHER_SOURCES = [
     *sorted((ROOT / "tests").rglob("*.py")),
 ]
 
-NOUNS = {"config", "errors", "profile", "request"}
+NOUNS = {"bytesize", "config", "errors", "machine", "profile", "request", "timeline"}
 MAY_IMPORT = {
     **{noun: NOUNS for noun in NOUNS},
     "weights": NOUNS,

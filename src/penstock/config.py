@@ -9,9 +9,12 @@ from __future__ import annotations
 import difflib
 import re
 from dataclasses import dataclass, field, fields
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
+from penstock.bytesize import parse_bytes
 from penstock.errors import ConfigError
+
+T = TypeVar("T")
 
 DTYPES = {
     "float32": "float32",
@@ -23,6 +26,11 @@ DTYPES = {
 }
 """Accepted spellings of a dtype, and the name torch gives it."""
 
+OFFLOADS = ("auto", "none", "sequential", "layerwise")
+LEAST = "least"
+MAX_PREFETCH = 64
+
+_SPELLINGS = {"enable_cpu_offload": "sequential", "enable_layerwise_offload": "layerwise"}
 _DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 
 
@@ -46,11 +54,7 @@ class SourceConfig:
         Raises:
             ConfigError: for an unknown option or a value out of range.
         """
-        known = [item.name for item in fields(cls)]
-        for name in options:
-            if name not in known:
-                raise ConfigError(f"unknown option {name!r}{suggestion(name, known)}. Options: {', '.join(known)}.")
-        return cls(**{name: _spelt(value) for name, value in options.items()})
+        return config_of(cls, **options)
 
     def __post_init__(self) -> None:
         for name in ("variant", "revision"):
@@ -60,22 +64,97 @@ class SourceConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoadConfig(SourceConfig):
+class OffloadConfig:
+    """Where a pipeline runs, and how much of the device its weights may take.
+
+    Raises:
+        ConfigError: for a value that no machine can honour, and for options that contradict each other.
+    """
+
+    device: str = option("auto", "cuda, cuda:N, mps or cpu; auto takes the first that this machine has.", "NAME")
+    offload: str = option(
+        "auto",
+        "none: all weights on the device; sequential: components take turns; layerwise: blocks stream through slots; "
+        "auto: the first of these that fits.",
+        "MODE",
+    )
+    max_weight_memory: str | None = option(
+        None, "Most bytes of weights on the device, such as 4GiB, or least; left out: what fits, or the least.", "BYTES"
+    )
+    prefetch: int | None = option(None, "Blocks on their way ahead of the one that runs; 1 where left out.", "N")
+    prompt_cache: str = option("64MiB", "Encoded prompts to keep, so that repeated ones need no encoder.", "BYTES")
+    check: bool = option(False, "Hash every fill against its file and poison what is given up; slow.")
+    enable_cpu_offload: bool = option(False, "The same as --offload sequential.")
+    enable_layerwise_offload: bool = option(False, "The same as --offload layerwise.")
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.device, str) or not _DEVICE.fullmatch(self.device):
+            raise ConfigError(f"device={self.device!r} is not a device. Use auto, cuda, cuda:N, mps or cpu.")
+        for name, mode in _SPELLINGS.items():
+            if getattr(self, name):
+                if self.offload not in ("auto", mode):
+                    raise ConfigError(f"{name} means offload={mode!r}, but offload={self.offload!r}. Give one of them.")
+                object.__setattr__(self, "offload", mode)
+        if self.offload not in OFFLOADS:
+            raise ConfigError(f"offload={self.offload!r} is no mode. Use {', '.join(OFFLOADS)}.")
+        if self.prefetch is not None and not (type(self.prefetch) is int and 0 <= self.prefetch <= MAX_PREFETCH):
+            raise ConfigError(f"prefetch={self.prefetch!r} is not a whole number from 0 to {MAX_PREFETCH}. Try 1.")
+        if self.max_weight_memory not in (None, LEAST):
+            parse_bytes(self.max_weight_memory, "max_weight_memory")
+        parse_bytes(self.prompt_cache, "prompt_cache")
+        self._check_combination()
+
+    def _check_combination(self) -> None:
+        if self.offload == "none":
+            for name in ("max_weight_memory", "prefetch", "check"):
+                if getattr(self, name):
+                    raise ConfigError(
+                        f"{name}={getattr(self, name)!r} has no effect with offload='none'. Leave one of them out."
+                    )
+        if self.offload == "sequential" and self.prefetch is not None:
+            raise ConfigError("prefetch counts blocks, and offload='sequential' moves components. Leave it out.")
+
+    @property
+    def budget_bytes(self) -> int | None:
+        """`max_weight_memory` in bytes; None where it is left open or the least."""
+        if self.max_weight_memory in (None, LEAST):
+            return None
+        return parse_bytes(self.max_weight_memory, "max_weight_memory")
+
+    @property
+    def prompt_cache_bytes(self) -> int:
+        """`prompt_cache` in bytes."""
+        return parse_bytes(self.prompt_cache, "prompt_cache")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadConfig(OffloadConfig, SourceConfig):
     """How a pipeline is loaded.
 
     Raises:
         ConfigError: for a value that no machine can honour.
     """
 
-    device: str = option("auto", "cuda, cuda:N, mps or cpu; auto takes the first that this machine has.", "NAME")
     dtype: str = option("auto", "float32, bfloat16 or float16; auto is bfloat16 on GPUs, float32 on the CPU.", "NAME")
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        if not isinstance(self.device, str) or not _DEVICE.fullmatch(self.device):
-            raise ConfigError(f"device={self.device!r} is not a device. Use auto, cuda, cuda:N, mps or cpu.")
+        SourceConfig.__post_init__(self)
+        OffloadConfig.__post_init__(self)
         if self.dtype != "auto" and self.dtype not in DTYPES:
             raise ConfigError(f"dtype={self.dtype!r} is not supported. Use auto, {', '.join(DTYPES)}.")
+
+
+def config_of(cls: type[T], **options: Any) -> T:
+    """Build a config from keyword options, with an error that names a misspelt one.
+
+    Raises:
+        ConfigError: for an unknown option or a value out of range.
+    """
+    known = [item.name for item in fields(cls)]  # type: ignore[arg-type]
+    for name in options:
+        if name not in known:
+            raise ConfigError(f"unknown option {name!r}{suggestion(name, known)}. Options: {', '.join(known)}.")
+    return cls(**{name: _spelt(value) for name, value in options.items()})
 
 
 def _spelt(value: Any) -> Any:

@@ -1,6 +1,6 @@
 """The only composer: from a name and a configuration to a pipeline that is placed and ready.
 
-    folder -> skeleton (no weights) -> checks -> components, one after the other -> stock pipeline on the device
+    folder -> skeleton (no weights) -> checks, plan -> components, one after the other -> stock pipeline, placed
 
 Owns the order in which these happen. Does not know requests or files of pictures.
 """
@@ -17,13 +17,20 @@ from weakref import WeakKeyDictionary
 import torch
 from safetensors import SafetensorError
 
-from penstock.config import LoadConfig
+from penstock.config import LoadConfig, OffloadConfig
 from penstock.engine.arguments import check_defaults
+from penstock.engine.placed import place
 from penstock.engine.placement import choose_device, choose_dtype
+from penstock.engine.plans import plan_pipeline
 from penstock.errors import ModelError, WeightsError
+from penstock.models.dtypes import load_stored, target_dtypes
 from penstock.models.folder import ModelNotes, open_folder
 from penstock.models.quiet import quiet_libraries
 from penstock.models.skeleton import Skeleton, assemble, build_skeleton
+from penstock.models.stored import as_stored
+from penstock.plan import Plan
+from penstock.weights.index import TensorRecord
+from penstock.weights.ranges import FileRange, Range
 
 _NOTES: WeakKeyDictionary[Any, ModelNotes] = WeakKeyDictionary()
 
@@ -52,12 +59,14 @@ class Prepared:
         config: what was asked for.
         device: where the pipeline will run.
         dtype: of its weights, but for modules that a class keeps in float32.
+        plan: where its weights will go.
     """
 
     skeleton: Skeleton
     config: LoadConfig
     device: torch.device
     dtype: torch.dtype
+    plan: Plan
 
     @property
     def notes(self) -> ModelNotes:
@@ -71,7 +80,7 @@ def load(model: str | Path, *, on_progress: Callable[[LoadEvent], None] | None =
     Args:
         model: `demo`, a folder saved by diffusers, or a hub id.
         on_progress: called before each component and once at the end.
-        **options: fields of `LoadConfig`: device, dtype, variant, revision, trust_remote_code.
+        **options: fields of `LoadConfig`: device, dtype, offload, max_weight_memory, prefetch, variant, ...
 
     Returns:
         The pipeline. Where the model's maker names a picture size in `penstock.json`, it is the
@@ -99,11 +108,39 @@ def prepare(model: str | Path, config: LoadConfig) -> Prepared:
     dtype = choose_dtype(config, device)
     skeleton = build_skeleton(open_folder(model, config), config)
     check_defaults(skeleton.folder.notes.defaults, type(skeleton.pipeline))
-    return Prepared(skeleton, config, device, dtype)
+    return Prepared(skeleton, config, device, dtype, _plan(skeleton, config, device, dtype))
 
 
-def fill(prepared: Prepared, on_progress: Callable[[LoadEvent], None] | None = None) -> Any:
-    """Load the weights of a prepared model and return the stock pipeline, on its device.
+def _plan(skeleton: Skeleton, config: LoadConfig, device: torch.device, dtype: torch.dtype) -> Plan:
+    """Plan with the bytes that the files' headers tell of."""
+    records: dict[int, TensorRecord] = {}
+    dtypes: dict[int, torch.dtype] = {}
+    for name in skeleton.classes:
+        module = getattr(skeleton.pipeline, name)
+        records.update(as_stored(module, skeleton.indexes.get(name)))
+        dtypes.update(_dtypes(module, dtype))
+
+    def locate(name: str, tensor: torch.Tensor, num_bytes: int) -> Range | None:
+        record = records.get(id(tensor))
+        return FileRange(record.file, record.offset, num_bytes) if record else None
+
+    return plan_pipeline(skeleton.pipeline, config, device, locate, dtypes).plan
+
+
+def _dtypes(module: torch.nn.Module, dtype: torch.dtype) -> dict[int, torch.dtype]:
+    """By the id of a module's tensor, the dtype that stock loading in `dtype` gives it."""
+    wanted = target_dtypes(module, dtype)
+    named = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
+    return {id(tensor): wanted[name] for name, tensor in named if name in wanted}
+
+
+def fill(prepared: Prepared, on_progress: Callable[[LoadEvent], None] | None = None, *, trace: bool = False) -> Any:
+    """Load the weights of a prepared model and return the stock pipeline, placed as planned.
+
+    Args:
+        prepared: what `prepare` found.
+        on_progress: called before each component and once at the end.
+        trace: keep a timeline of what is streamed.
 
     Raises:
         WeightsError: for files that cannot be read, or that lack a weight.
@@ -112,16 +149,19 @@ def fill(prepared: Prepared, on_progress: Callable[[LoadEvent], None] | None = N
     skeleton = prepared.skeleton
     report = on_progress or _ignore
     total_bytes = sum(map(skeleton.num_bytes, skeleton.classes))
+    is_placed = prepared.plan.offload != "none"
     modules: dict[str, Any] = {}
     done_bytes = 0
     for name in skeleton.classes:
         report(LoadEvent(component=name, done_bytes=done_bytes, total_bytes=total_bytes))
         try:
-            modules[name] = _load_component(prepared, name).to(prepared.device)
+            modules[name] = _load_component(prepared, name, as_stored=is_placed)
+            if not is_placed:
+                modules[name].to(prepared.device)
         except torch.OutOfMemoryError as error:
             raise ModelError(
                 f"{prepared.device} is full while {name} is loaded: {done_bytes} of {total_bytes} bytes of weights "
-                "were there before. Use a device with more memory, --dtype bfloat16, or --device cpu."
+                "were there before. Use --offload layerwise, --dtype bfloat16, or --device cpu."
             ) from error
         done_bytes += skeleton.num_bytes(name)
     parts = {name: part for name, part in skeleton.pipeline.components.items() if name not in modules}
@@ -130,8 +170,28 @@ def fill(prepared: Prepared, on_progress: Callable[[LoadEvent], None] | None = N
     _NOTES[pipeline] = prepared.notes
     for note in skeleton.notes:
         warnings.warn(note, UserWarning, stacklevel=2)
+    _place(prepared, pipeline, modules, trace)
     report(LoadEvent(component="", done_bytes=done_bytes, total_bytes=done_bytes))
     return pipeline
+
+
+def _place(prepared: Prepared, pipeline: Any, modules: dict[str, Any], trace: bool) -> None:
+    """Place a loaded pipeline as its plan says, whatever has become of the machine's free memory since."""
+    plan = prepared.plan
+    budget = None if plan.budget_bytes is None else str(plan.budget_bytes)
+    config = OffloadConfig(
+        device=str(prepared.device),
+        offload=plan.offload,
+        max_weight_memory=budget if plan.offload != "none" else None,
+        prefetch=plan.prefetch if plan.offload == "layerwise" else None,
+        prompt_cache=prepared.config.prompt_cache,
+        check=prepared.config.check and plan.offload != "none",
+    )
+    dtypes: dict[int, torch.dtype] = {}
+    if plan.offload != "none":
+        for module in modules.values():
+            dtypes.update(_dtypes(module, prepared.dtype))
+    place(pipeline, config, dtypes=dtypes, trace=trace, reason=plan.reason)
 
 
 def notes_of(pipeline: Any) -> ModelNotes:
@@ -143,18 +203,23 @@ def _ignore(event: LoadEvent) -> None:
     """Report to nobody."""
 
 
-def _load_component(prepared: Prepared, name: str) -> torch.nn.Module:
+def _load_component(prepared: Prepared, name: str, *, as_stored: bool) -> torch.nn.Module:
+    """Load a component: as stock diffusers would, or without a cast, so that its weights stay in their files."""
     skeleton = prepared.skeleton
     path = skeleton.folder.component_path(name)
     variant = prepared.config.variant
     if not skeleton.has_variant(name, variant):
         variant = None  # this component has no such files: its plain ones, as diffusers does
+    component_class = skeleton.classes[name]
     module: torch.nn.Module
     try:
         with quiet_libraries():
-            module, info = skeleton.classes[name].from_pretrained(
-                path, dtype=prepared.dtype, variant=variant, output_loading_info=True
-            )
+            if as_stored:
+                module, info = load_stored(component_class, path, variant, prepared.dtype)
+            else:
+                module, info = component_class.from_pretrained(
+                    path, dtype=prepared.dtype, variant=variant, output_loading_info=True
+                )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise WeightsError(f"{path}: {type(error).__name__}: {str(error).strip()} Save the model again.") from error
     missing = sorted(info["missing_keys"])

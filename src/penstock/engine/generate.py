@@ -18,7 +18,7 @@ from penstock.engine.build import notes_of
 from penstock.engine.latents import require_finite, seen_latents
 from penstock.engine.outputs import read_output
 from penstock.engine.steps import OnStep, step_events
-from penstock.errors import GenerationError
+from penstock.errors import GenerationError, PenstockError
 from penstock.models.sizes import call_parameters, frame_rate
 from penstock.request import GenerationRequest, GenerationResult
 
@@ -90,7 +90,7 @@ def call(pipeline: Any, arguments: Mapping[str, Any], seed: int) -> Any:
     try:
         with torch.inference_mode():
             return pipeline(**arguments, **extra)
-    except GenerationError:
+    except PenstockError:
         raise
     except torch.OutOfMemoryError as error:
         raise GenerationError(

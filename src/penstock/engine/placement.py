@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import torch
 
-from penstock.config import DTYPES, LoadConfig
+from penstock.config import DTYPES, LoadConfig, OffloadConfig
 from penstock.errors import ConfigError
 
 
-def choose_device(config: LoadConfig) -> torch.device:
+def choose_device(config: OffloadConfig) -> torch.device:
     """The device asked for, or the first of cuda, mps and cpu that this machine has.
 
     Raises:

@@ -1,0 +1,267 @@
+"""Place a pipeline: decide where every weight goes, carry it out, report it, undo it.
+
+Owns the way from a configuration to a plan, and what is placed at the moment. The streaming itself is
+`penstock.offload`; the arithmetic is `penstock.planner`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any, Self
+from weakref import WeakKeyDictionary
+
+import torch
+
+from penstock.config import OffloadConfig, config_of
+from penstock.engine.placement import choose_device
+from penstock.engine.plans import Dtypes, Planned, plan_pipeline
+from penstock.errors import ConfigError
+from penstock.machine import read_machine
+from penstock.models.components import discover
+from penstock.offload.prompts import PromptCache
+from penstock.offload.streamer import Settings, Streamer
+from penstock.offload.units import Locate
+from penstock.planner.solve import budget_for
+from penstock.report import Report, UnitReport, ZeroStall
+from penstock.timeline import Timeline
+from penstock.weights.maps import MappedFiles
+from penstock.weights.ranges import FileRange, Range
+
+_PLACED: WeakKeyDictionary[Any, Placed] = WeakKeyDictionary()
+_DIRECT_SHARE = 0.5  # of free host memory: files larger than this are read past the page cache
+_STORE_SHARE = 0.6  # of free host memory that pinned weights may take
+
+
+class Placed:
+    """A pipeline whose weights penstock has placed; a context manager that removes itself.
+
+    Attributes:
+        pipeline: the stock pipeline, to be called as ever.
+        plan: where everything is.
+    """
+
+    def __init__(
+        self, pipeline: Any, planned: Planned, streamer: Streamer | None, prompts: PromptCache, notes: tuple[str, ...]
+    ) -> None:
+        self.pipeline = pipeline
+        self.plan = planned.plan
+        self._planned = planned
+        self._streamer = streamer
+        self._prompts = prompts
+        self._notes = notes
+        self._device_before = _device_of(pipeline)
+
+    @property
+    def timeline(self) -> Timeline | None:
+        """What happened when, where it was asked for."""
+        return self._streamer.timeline if self._streamer else None
+
+    def report(self) -> Report:
+        """The effective configuration, and what was measured so far.
+
+        Cost: nothing on the CPU; on CUDA it waits for the copies that were begun.
+        """
+        hits = self._prompts.num_hits
+        streamer = self._streamer
+        if streamer is None:
+            return Report(plan=self.plan, units=(), notes=self._notes, num_prompt_hits=hits)
+        residency = streamer.residency
+        units = tuple(
+            UnitReport(
+                name=tenant.name,
+                num_bytes=tenant.plan.num_bytes,
+                residency=tenant.plan.residency,
+                slot=tenant.plan.slot,
+                source=tenant.source.kind,
+            )
+            for tenant in streamer.tenants
+        )
+        return Report(
+            plan=self.plan,
+            units=units,
+            notes=self._notes,
+            read_bytes=streamer.reader.read_bytes,
+            moved_bytes=streamer.transfer.moved_bytes,
+            peak_bytes=residency.peak_bytes + self.plan.fixed_bytes,
+            host_bytes=streamer.host_bytes,
+            fill_s=streamer.transfer.busy_s,
+            exposed_wait_s=residency.exposed_wait_s,
+            num_fills=residency.num_fills,
+            num_demanded=residency.num_demanded,
+            num_prompt_hits=hits,
+            zero_stall=tuple(self._zero_stalls(streamer)),
+        )
+
+    def _zero_stalls(self, streamer: Streamer) -> list[ZeroStall]:
+        """r = ceil(n (1 - compute / fill)): with so many residents, filling hides behind compute."""
+        found = []
+        for part in self.plan.components:
+            measured = streamer.measured(part.name)
+            if not part.num_streamed or measured is None:
+                continue
+            compute_s, fill_s = measured
+            total = part.num_resident + part.num_streamed
+            stay = min(max(math.ceil(total * (1 - compute_s / fill_s)), 0), total) if fill_s else 0
+            found.append(
+                ZeroStall(
+                    component=part.name,
+                    compute_s=compute_s,
+                    fill_s=fill_s,
+                    num_blocks=total,
+                    num_resident=stay,
+                    budget_bytes=budget_for(self._planned.demands, part.name, stay, self.plan.prefetch),
+                )
+            )
+        return found
+
+    def remove(self) -> None:
+        """Put the pipeline back as it was; a second call does nothing.
+
+        Cost: nothing is copied; weights that were cast on the way to the device are cast again when they are used.
+        """
+        if _PLACED.get(self.pipeline) is not self:
+            return
+        del _PLACED[self.pipeline]
+        self._prompts.remove()
+        if self._streamer is not None:
+            self._streamer.remove()
+        elif str(self._device_before) != self.plan.device:
+            self.pipeline.to(self._device_before)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.remove()
+
+
+def apply(pipeline: Any, *, trace: bool = False, **options: Any) -> Placed:
+    """Place an existing pipeline, in place: its weights stream to the device as they are needed.
+
+    Weights that are still mapped from their checkpoint stream from there and need no host memory; what was cast,
+    made or changed in memory stays there and streams from it.
+
+    Args:
+        pipeline: any diffusers pipeline on the CPU, or any object that holds modules; it is changed in place.
+        trace: keep a `Timeline` of fills, waits and compute.
+        **options: fields of `OffloadConfig`: device, offload, max_weight_memory, prefetch, prompt_cache, check.
+
+    Returns:
+        What is placed: `.report()` tells about it, `.remove()` undoes it.
+
+    Raises:
+        ConfigError: for options that cannot work with this pipeline on this machine, before anything is changed.
+
+    Cost: no weights are read; one allocation on the device.
+    """
+    return place(pipeline, config_of(OffloadConfig, **options), trace=trace)
+
+
+def place(
+    pipeline: Any,
+    config: OffloadConfig,
+    *,
+    dtypes: Dtypes | None = None,
+    trace: bool = False,
+    reason: str | None = None,
+) -> Placed:
+    """Place a pipeline as configured.
+
+    Args:
+        pipeline: on the CPU.
+        config: what is asked for.
+        dtypes: by the tensor's id, the dtype wanted on the device; as it is where left out.
+        trace: keep a timeline.
+        reason: why this configuration, where it was chosen before.
+
+    Raises:
+        ConfigError: for what cannot work.
+    """
+    _require_unplaced(pipeline)
+    device = choose_device(config)
+    planned = plan_pipeline(pipeline, config, device, _in_memory(), dtypes)
+    if reason is not None:
+        planned = replace(planned, plan=replace(planned.plan, reason=reason))
+    prompts = PromptCache(pipeline, config.prompt_cache_bytes)
+    streamer = None
+    if planned.plan.offload == "none":
+        if _device_of(pipeline) != device and hasattr(pipeline, "to"):
+            pipeline.to(device)
+    else:
+        timeline = Timeline() if trace else None
+        streamer = Streamer(pipeline, planned.partition, planned.plan, _settings(planned, config, device), timeline)
+        streamer.install()
+    prompts.install()
+    placed = Placed(pipeline, planned, streamer, prompts, tuple(_notes(planned, device)))
+    _PLACED[pipeline] = placed
+    return placed
+
+
+def placed_on(pipeline: Any) -> Placed | None:
+    """What is placed on a pipeline now."""
+    return _PLACED.get(pipeline)
+
+
+def _require_unplaced(pipeline: Any) -> None:
+    if pipeline in _PLACED:
+        raise ConfigError(
+            f"this {type(pipeline).__name__} is placed already: {_PLACED[pipeline].plan.offload} with "
+            f"{_PLACED[pipeline].plan.promised_bytes} bytes promised. Call remove() first."
+        )
+    for component in discover(pipeline).components:
+        if any(hasattr(module, "_hf_hook") for module in component.module.modules()):
+            raise ConfigError(
+                f"{component.name} has hooks of accelerate (enable_model_cpu_offload, device_map). Two cannot move the "
+                "same weights: call remove_all_hooks(), or build the pipeline without them."
+            )
+
+
+def _in_memory() -> Locate:
+    """Finds weights of a loaded pipeline in the files that they are mapped from."""
+    files = MappedFiles()
+
+    def locate(name: str, tensor: torch.Tensor, num_bytes: int) -> Range | None:
+        if tensor.device.type != "cpu":
+            return None
+        return files.locate(tensor.data_ptr(), num_bytes, tensor.dtype)
+
+    return locate
+
+
+def _settings(planned: Planned, config: OffloadConfig, device: torch.device) -> Settings:
+    free = read_machine().host_free_bytes
+    moving = {unit.name for unit in planned.plan.units if unit.residency != "resident"}
+    units = [unit for unit in planned.partition.units if unit.name in moving]
+    in_files = sum(
+        piece.range.num_bytes for unit in units for piece in unit.pieces if isinstance(piece.range, FileRange)
+    )
+    on_device = sum(piece.num_bytes for unit in units for piece in unit.pieces)
+    return Settings(
+        is_direct=in_files > _DIRECT_SHARE * free,
+        in_host_store=device.type == "cuda" and on_device <= _STORE_SHARE * free,
+        is_checked=config.check,
+    )
+
+
+def _notes(planned: Planned, device: torch.device) -> list[str]:
+    if planned.plan.offload == "none" or device.type != "cpu":
+        return []
+    in_memory = sum(
+        piece.range.num_bytes
+        for unit in planned.partition.units
+        for piece in unit.pieces
+        if not isinstance(piece.range, FileRange)
+    )
+    if not in_memory:
+        return []
+    return [
+        f"{in_memory} bytes of weights were cast, made or changed in memory: on the CPU, streaming these saves none"
+    ]
+
+
+def _device_of(pipeline: Any) -> torch.device:
+    for component in discover(pipeline).components:
+        for parameter in component.module.parameters():
+            return parameter.device
+    return torch.device("cpu")

@@ -1,0 +1,95 @@
+"""Stand-ins for weights that are not on the device: they know shape, dtype and device, and fetch themselves when used.
+
+Whatever way a pipeline takes to a weight (a method other than `forward`, a submodule called by itself, a parameter
+read directly), the first operation on the stand-in brings the weight. A stand-in that got past this would be NaN.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+from torch.utils._pytree import tree_map_only
+
+from penstock.errors import UsageError
+
+_T = torch.Tensor
+_DESCRIBING: frozenset[Any] = frozenset(
+    {
+        *(getattr(_T, name).__set__ for name in ("requires_grad", "grad")),  # what adapters do to weights beside them
+        *(getattr(_T, name).__get__ for name in ("shape", "dtype", "device", "ndim", "requires_grad", "is_cuda")),
+        *(getattr(_T, name).__get__ for name in ("is_mps", "is_cpu", "is_meta", "is_sparse", "is_quantized", "layout")),
+        *(getattr(_T, name).__get__ for name in ("is_nested", "is_leaf", "grad", "itemsize", "nbytes", "grad_fn")),
+        _T.size, _T.dim, _T.numel, _T.nelement, _T.element_size, _T.stride, _T.is_floating_point, _T.is_complex,
+        _T.__len__, _T.__hash__, _T.is_contiguous, _T.get_device, _T.is_pinned, _T.is_shared,
+    }
+)  # fmt: skip
+"""What tells about a weight without needing its values."""
+
+
+class ColdTensor(torch.Tensor):
+    """A parameter or buffer whose values are elsewhere.
+
+    `fetch` brings the weight to the device and returns it.
+    """
+
+    fetch: Callable[[], torch.Tensor]
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor, device: torch.device, dtype: torch.dtype, fetch: Callable[[], Any]) -> Self:
+        """The stand-in for a weight as it will be on the device.
+
+        Cost: a few bytes; its elements share one NaN.
+        """
+        with torch.inference_mode(False):
+            value = math.nan if dtype.is_floating_point or dtype.is_complex else 0
+            one = torch.full((), value, dtype=torch.float32).to(device=device, dtype=dtype)
+            cold = torch.Tensor._make_subclass(cls, one.expand(tensor.shape), False)
+        cold.fetch = fetch
+        if isinstance(tensor, torch.nn.Parameter):
+            cold._is_param = True  # what makes `isinstance(cold, nn.Parameter)` true
+        return cold
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Describe without fetching; refuse to be written to; for all else fetch, and go on with the weight."""
+        kwargs = kwargs or {}
+        if func in _DESCRIBING:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        if func is torch.Tensor.__repr__:
+            with torch._C.DisableTorchFunctionSubclass():
+                cold = args[0]
+                return f"ColdTensor(shape={tuple(cold.shape)}, dtype={cold.dtype}, device='{cold.device}')"
+        if func in (torch.Tensor.detach, torch.Tensor.requires_grad_):
+            return args[0]
+        if _writes(func) and isinstance(args[0], ColdTensor):
+            raise UsageError(
+                f"{func.__name__} would change a weight that penstock streams, and the change would be lost at its "
+                "next fill. Call remove() on what penstock.apply returned, change the weights, and apply again."
+            )
+        return func(*tree_map_only(ColdTensor, _fetched, args), **tree_map_only(ColdTensor, _fetched, kwargs))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickled or copied, it is its weight."""
+        reduce: Any = _fetched(self).clone().__reduce_ex__
+        return reduce(protocol)
+
+    def __deepcopy__(self, memo: Any) -> torch.Tensor:
+        """A copy is a weight of its own."""
+        copied = _fetched(self).clone()
+        return torch.nn.Parameter(copied, requires_grad=False) if isinstance(self, torch.nn.Parameter) else copied
+
+
+def _fetched(cold: ColdTensor) -> torch.Tensor:
+    return cold.fetch()
+
+
+def _writes(func: Any) -> bool:
+    """Whether an operation changes its first argument: `copy_` and its like, `+=`, and assignments."""
+    name = getattr(func, "__name__", "")
+    if name in ("__setitem__", "__set__", "__iadd__", "__isub__", "__imul__", "__itruediv__"):
+        return True
+    return name.endswith("_") and not name.startswith("_")

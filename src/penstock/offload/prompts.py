@@ -1,0 +1,111 @@
+"""Repeated prompts need no encoder: what `encode_prompt` returned is kept, up to so many bytes.
+
+The key is everything the call depends on: arguments, encoders, tokenizers. A call that cannot be told by its
+arguments, or that runs with adapters in an encoder, is not kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+_METHOD = "encode_prompt"
+
+
+class PromptCache:
+    """The last results of a pipeline's `encode_prompt`.
+
+    Args:
+        pipeline: whose method is wrapped; another encoder or tokenizer in it is another key.
+        max_bytes: of all results kept; the least recently used go first.
+
+    Attributes:
+        num_hits: calls answered without an encoder.
+        num_bytes: of the results kept now.
+    """
+
+    def __init__(self, pipeline: Any, max_bytes: int) -> None:
+        self._pipeline = pipeline
+        self._max_bytes = max_bytes
+        self._kept: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
+        self._encode: Callable[..., Any] | None = None
+        self.num_hits = 0
+        self.num_bytes = 0
+
+    def install(self) -> None:
+        """Wrap the pipeline's method, where it has one."""
+        if self._max_bytes and callable(getattr(self._pipeline, _METHOD, None)):
+            self._encode = getattr(self._pipeline, _METHOD)
+            setattr(self._pipeline, _METHOD, self._answer)
+
+    def remove(self) -> None:
+        """Give the method back and forget all results."""
+        if self._encode is not None:
+            vars(self._pipeline).pop(_METHOD, None)
+            self._encode = None
+        self._kept.clear()
+        self.num_bytes = 0
+
+    def _answer(self, *args: Any, **kwargs: Any) -> Any:
+        assert self._encode is not None
+        key = self._key(args, kwargs)
+        if key is not None and key in self._kept:
+            self._kept.move_to_end(key)
+            self.num_hits += 1
+            return _copied(self._kept[key])
+        result = self._encode(*args, **kwargs)
+        if key is not None:
+            self._keep(key, result)
+        return result
+
+    def _keep(self, key: tuple[Any, ...], result: Any) -> None:
+        num_bytes = _num_bytes(result)
+        if num_bytes > self._max_bytes:
+            return
+        self._kept[key] = _copied(result)
+        self.num_bytes += num_bytes
+        while self.num_bytes > self._max_bytes:
+            _, oldest = self._kept.popitem(last=False)
+            self.num_bytes -= _num_bytes(oldest)
+
+    def _key(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
+        owners = [value for value in vars(self._pipeline).values() if hasattr(value, "__dict__")]
+        if any(getattr(owner, "peft_config", None) for owner in owners if isinstance(owner, nn.Module)):
+            return None
+        words = [_word(value) for value in (*args, *(item for pair in sorted(kwargs.items()) for item in pair))]
+        if any(word is None for word in words):
+            return None
+        return (*map(id, owners), torch.is_inference_mode_enabled(), *words)
+
+
+def _word(value: Any) -> Any:
+    """Something hashable that stands for a value, or None where nothing can."""
+    if value is None or isinstance(value, (str, int, float, bool, torch.device, torch.dtype)):
+        return (type(value).__name__, value)
+    if isinstance(value, torch.Tensor):
+        return ("tensor", value.dtype, tuple(value.shape), _digest(value.detach().cpu().contiguous()))
+    if isinstance(value, Image.Image):
+        return ("image", value.mode, value.size, hashlib.blake2b(value.tobytes()).digest())
+    if isinstance(value, (list, tuple)):
+        words = tuple(_word(item) for item in value)
+        return None if any(word is None for word in words) else (type(value).__name__, *words)
+    return None
+
+
+def _digest(tensor: torch.Tensor) -> bytes:
+    return hashlib.blake2b(tensor.view(torch.uint8).numpy().data if tensor.numel() else b"").digest()
+
+
+def _copied(result: Any) -> Any:
+    return tree_map_only(torch.Tensor, lambda tensor: tensor.clone(), result)
+
+
+def _num_bytes(result: Any) -> int:
+    return sum(leaf.numel() * leaf.itemsize for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor))

@@ -1,0 +1,238 @@
+"""Which units are on the device: the one owner of that state.
+
+    COLD -> FILLING -> READY -> IN_USE -> READY ... -> COLD
+
+Every unit has one place in the arena for ever; places may overlap. Filling a unit ends the stay of those that
+overlap it, and a unit in use is never ended. On the device a unit's weights are views of its place; elsewhere they
+are stand-ins that fetch it. Nothing is copied back: weights do not change.
+"""
+
+from __future__ import annotations
+
+import enum
+import threading
+import time
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+
+from penstock.errors import GenerationError
+from penstock.offload.cold import ColdTensor
+from penstock.offload.transfer import Ticket, Transfer
+from penstock.offload.units import Unit
+from penstock.plan import UnitPlan
+from penstock.timeline import Timeline
+from penstock.weights.layout import Layout
+from penstock.weights.memory import Arena
+from penstock.weights.proof import Proof
+from penstock.weights.sources import Source
+
+
+class State(enum.Enum):
+    """Where a unit's weights are."""
+
+    COLD = "cold"
+    FILLING = "filling"
+    READY = "ready"
+    IN_USE = "in use"
+
+
+class Tenant:
+    """A unit and its place in the arena; only `Residency` changes it."""
+
+    def __init__(self, unit: Unit, plan: UnitPlan, layout: Layout, source: Source) -> None:
+        self.unit = unit
+        self.plan = plan
+        self.layout = layout
+        self.source = source
+        self.state = State.COLD
+        self.ticket: Ticket | None = None
+        self.rivals: tuple[Tenant, ...] = ()
+        self.cold: list[ColdTensor] = []
+        self.live: list[torch.Tensor] = []
+
+    @property
+    def name(self) -> str:
+        """The unit's name."""
+        return self.unit.name
+
+    def make_live(self, arena: Arena) -> None:
+        """Make the weights' views of the arena, once; their addresses never change."""
+        memory = arena.tensor[self.plan.begin : self.plan.end]
+        with torch.inference_mode(False), torch.no_grad():
+            for weight in self.unit.weights:
+                view = weight.view(memory, self.layout.positions[weight.piece])
+                is_parameter = isinstance(weight.original, torch.nn.Parameter)
+                self.live.append(torch.nn.Parameter(view, requires_grad=False) if is_parameter else view)
+
+    def bind(self, is_live: bool) -> None:
+        """Put the views, or the stand-ins, where the modules look; what somebody else put there is left alone."""
+        for weight, cold, live in zip(self.unit.weights, self.cold, self.live, strict=True):
+            current = weight.table.get(weight.key)
+            if current is cold or current is live:
+                weight.table[weight.key] = live if is_live else cold
+
+
+class Residency:
+    """The states of all units of a pipeline.
+
+    Args:
+        tenants: all units with their places.
+        arena: the device's memory.
+        transfer: fills it.
+        proof: checks every fill and poisons what is given up, or None.
+        timeline: where waits and stays are noted, or None.
+
+    Attributes:
+        exposed_wait_s: seconds that compute stood still for weights.
+        num_fills: fills so far.
+        num_demanded: of these, fills that nobody had asked for ahead of use.
+        peak_bytes: the most bytes that units took at once.
+    """
+
+    def __init__(
+        self,
+        tenants: Sequence[Tenant],
+        arena: Arena,
+        transfer: Transfer,
+        proof: Proof | None = None,
+        timeline: Timeline | None = None,
+    ) -> None:
+        self.tenants = list(tenants)
+        self.arena = arena
+        self._transfer = transfer
+        self._proof = proof
+        self._timeline = timeline
+        self._lock = threading.RLock()
+        self.exposed_wait_s = 0.0
+        self.num_fills = 0
+        self.num_demanded = 0
+        self.peak_bytes = 0
+        self._held_bytes = 0
+        for tenant in self.tenants:
+            tenant.rivals = tuple(
+                other for other in self.tenants if other is not tenant and other.plan.overlaps(tenant.plan)
+            )
+            tenant.make_live(arena)
+
+    def install(self) -> None:
+        """Put stand-ins in the place of all weights; nothing is moved yet."""
+        device = self.arena.tensor.device
+        for tenant in self.tenants:
+            tenant.cold = [
+                ColdTensor.of(weight.original, device, weight.dtype, partial(self.fetch, tenant, number))
+                for number, weight in enumerate(tenant.unit.weights)
+            ]
+            for weight, cold in zip(tenant.unit.weights, tenant.cold, strict=True):
+                weight.table[weight.key] = cold
+
+    def remove(self) -> None:
+        """Put the weights back as they were found; fills in progress are given up."""
+        with self._lock:
+            for tenant in self.tenants:
+                if tenant.ticket is not None:
+                    self._transfer.cancel(tenant.ticket)
+                    tenant.ticket = None
+                for weight, cold, live in zip(tenant.unit.weights, tenant.cold, tenant.live, strict=True):
+                    current = weight.table.get(weight.key)
+                    if current is cold or current is live:
+                        weight.table[weight.key] = weight.original
+                tenant.state = State.COLD
+
+    def enter(self, tenant: Tenant, is_demanded: bool = False) -> bool:
+        """Begin to fill a unit where that disturbs nobody; what compute needs at once disturbs more.
+
+        Returns:
+            Whether the unit is on the device or on its way.
+
+        Raises:
+            GenerationError: for a demanded unit whose place a running block holds.
+            WeightsError: for files that changed.
+        """
+        if tenant.state is not State.COLD:
+            return True
+        with self._lock:
+            for rival in tenant.rivals:
+                if rival.state is State.IN_USE:
+                    if is_demanded:
+                        raise GenerationError(
+                            f"{tenant.name} runs inside {rival.name}, and both have the same place on the device. "
+                            "Give a larger max_weight_memory, or --offload sequential."
+                        )
+                    return False
+                if rival.state is State.FILLING and not is_demanded:
+                    return False
+            for rival in tenant.rivals:
+                self.give_up(rival)
+            tenant.source.check()
+            tenant.state = State.FILLING
+            self.num_fills += 1
+            self.num_demanded += is_demanded
+            self._held_bytes += tenant.plan.num_bytes
+            self.peak_bytes = max(self.peak_bytes, self._held_bytes)
+            if self._timeline is not None:
+                self._timeline.entered(tenant.name, tenant.plan.num_bytes, time.perf_counter())
+            tenant.ticket = self._transfer.submit(tenant.name, tenant.source, tenant.plan.begin)
+            return True
+
+    def ready(self, tenant: Tenant) -> None:
+        """Make a unit's weights usable; returns once compute may be given them.
+
+        Raises:
+            GenerationError: where it cannot be on the device now.
+            WeightsError: for what the readers met; the unit is then as if it had not been asked for.
+        """
+        if tenant.state in (State.READY, State.IN_USE):
+            return
+        with self._lock:
+            if tenant.state is State.COLD:
+                self.enter(tenant, is_demanded=True)
+            if tenant.state is not State.FILLING or tenant.ticket is None:
+                return
+            begun_s = time.perf_counter()
+            try:
+                self._transfer.wait(tenant.ticket)
+            except BaseException as error:
+                if not isinstance(error, KeyboardInterrupt):
+                    self.give_up(tenant)
+                raise
+            ended_s = time.perf_counter()
+            self.exposed_wait_s += ended_s - begun_s
+            if self._timeline is not None:
+                self._timeline.add("wait", tenant.name, begun_s, ended_s)
+            if self._proof is not None:
+                self._proof.verify(tenant.name, tenant.unit.pieces, tenant.layout, tenant.plan.begin)
+            tenant.ticket = None
+            tenant.state = State.READY
+            tenant.bind(is_live=True)
+
+    def use(self, tenant: Tenant) -> None:
+        """Make a unit's weights usable, and keep them until `release`."""
+        self.ready(tenant)
+        tenant.state = State.IN_USE
+
+    def release(self, tenant: Tenant) -> None:
+        """The unit's forward is over; its weights stay until their place is needed."""
+        if tenant.state is State.IN_USE:
+            tenant.state = State.READY
+
+    def fetch(self, tenant: Tenant, number: int) -> torch.Tensor:
+        """The weight behind a stand-in."""
+        self.ready(tenant)
+        return tenant.live[number]
+
+    def give_up(self, tenant: Tenant) -> None:
+        """End a unit's stay, and with it a fill in progress."""
+        if tenant.state is State.COLD:
+            return
+        if tenant.ticket is not None:
+            self._transfer.cancel(tenant.ticket)
+            tenant.ticket = None
+        tenant.state = State.COLD
+        self._held_bytes -= tenant.plan.num_bytes
+        tenant.bind(is_live=False)
+        if self._proof is not None:
+            self.arena.poison(tenant.plan.begin, tenant.plan.num_bytes)
+        if self._timeline is not None:
+            self._timeline.left(tenant.name, time.perf_counter())

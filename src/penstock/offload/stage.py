@@ -1,0 +1,142 @@
+"""A component while it runs: its units come in order, its streamed blocks ahead of use.
+
+Owns the hooks on one component and its blocks, and what is prefetched when. Does not know bytes or threads.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from penstock.offload.clock import StepClock
+from penstock.offload.compiled import compile_inside
+from penstock.offload.residency import Residency, State, Tenant
+from penstock.offload.schedule import Schedule
+from penstock.timeline import Timeline
+
+
+class Stage:
+    """Hooks on one component.
+
+    Args:
+        module: the component.
+        tenants: its units, in their supposed order.
+        residency: moves them.
+        prefetch: streamed blocks on their way beside the one that runs.
+        clock: says when the last call of a denoiser is; None for a component that runs once.
+        timeline: where compute is noted, or None.
+
+    Attributes:
+        num_computed: forwards of streamed blocks so far.
+        compute_s: seconds that they took, on the host's clock.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        tenants: Sequence[Tenant],
+        residency: Residency,
+        prefetch: int,
+        clock: StepClock | None = None,
+        timeline: Timeline | None = None,
+    ) -> None:
+        self._module = module
+        self._tenants = list(tenants)
+        self._residency = residency
+        self._ahead = prefetch + 1
+        self._clock = clock
+        self._timeline = timeline
+        self.schedule = Schedule([tenant for tenant in self._tenants if tenant.plan.slot is not None])
+        self._undo: list[Callable[[], None]] = []
+        self._begun_s = 0.0
+        self.num_computed = 0
+        self.compute_s = 0.0
+
+    @property
+    def block_bytes(self) -> float:
+        """Bytes of a streamed block, on average."""
+        streamed = [tenant for tenant in self._tenants if tenant.plan.slot is not None]
+        return sum(tenant.plan.num_bytes for tenant in streamed) / max(len(streamed), 1)
+
+    def install(self) -> None:
+        """Set the hooks."""
+        self._hook(self._module, self._begin, self._end)
+        for tenant in self._tenants:
+            if not tenant.unit.is_block:
+                continue
+            if tenant.plan.slot is not None:
+                self._hook(tenant.unit.module, partial(self._enter, tenant), partial(self._leave, tenant))
+            else:
+                self._hook(tenant.unit.module, partial(self._meet, tenant), partial(self._part, tenant))
+            self._undo.append(compile_inside(tenant.unit.module))
+
+    def remove(self) -> None:
+        """Take the hooks away."""
+        while self._undo:
+            self._undo.pop()()
+
+    def _hook(self, module: nn.Module, before: Callable[..., None], after: Callable[..., None]) -> None:
+        outside: Any = torch.compiler.disable
+        self._undo.append(module.register_forward_pre_hook(outside(before), prepend=True).remove)
+        self._undo.append(module.register_forward_hook(outside(after), always_call=True).remove)
+
+    def _begin(self, *_: Any) -> None:
+        """The component runs: ask for its units in the order in which they will be needed."""
+        if self._clock is not None:
+            self._clock.tick()
+        self.schedule.begin()
+        due = self.schedule.upcoming(self._ahead, wraps=False)
+        for tenant in self._tenants:
+            if tenant.state is State.COLD and (tenant.plan.slot is None or tenant in due):
+                self._residency.enter(tenant)
+        if self._tenants[0].unit.module is self._module:
+            self._residency.ready(self._tenants[0])  # what lies outside of blocks is needed first
+        self._begun_s = time.perf_counter()
+
+    def _end(self, *_: Any) -> None:
+        self.schedule.end()
+        if self._timeline is not None and not any(tenant.unit.is_block for tenant in self._tenants):
+            self._timeline.add("compute", self._tenants[0].name, self._begun_s, time.perf_counter())
+
+    def _enter(self, tenant: Tenant, *_: Any) -> None:
+        """A streamed block runs: its weights are waited for, and those behind it asked for."""
+        self.schedule.advance(tenant)
+        self._residency.use(tenant)
+        self._ask(self._ahead - 1)
+        self._begun_s = time.perf_counter()
+
+    def _leave(self, tenant: Tenant, *_: Any) -> None:
+        """A streamed block has run: its slot is the next one's."""
+        self.num_computed += 1
+        self.compute_s += time.perf_counter() - self._begun_s
+        self._note(tenant)
+        self._residency.release(tenant)
+        self._ask(self._ahead)
+
+    def _meet(self, tenant: Tenant, *_: Any) -> None:
+        """A resident block runs; it only has to be waited for where others had its place meanwhile."""
+        if tenant.state is not State.READY:
+            self._residency.ready(tenant)
+        if self._timeline is not None:
+            self._begun_s = time.perf_counter()
+
+    def _part(self, tenant: Tenant, *_: Any) -> None:
+        self._note(tenant)
+
+    def _ask(self, count: int) -> None:
+        """Ask for the next blocks, the nearest first; none that would drive out a nearer one."""
+        wraps = self._clock is not None and not self._clock.is_last()
+        nearer: list[Tenant] = []
+        for tenant in self.schedule.upcoming(count, wraps):
+            if any(other in tenant.rivals for other in nearer) or not self._residency.enter(tenant):
+                return
+            nearer.append(tenant)
+
+    def _note(self, tenant: Tenant) -> None:
+        if self._timeline is not None:
+            self._timeline.add("compute", tenant.name, self._begun_s, time.perf_counter())

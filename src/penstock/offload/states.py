@@ -1,0 +1,67 @@
+"""`state_dict()` of a placed component gives the weights themselves, not stand-ins or places that are filled anew.
+
+Saving a placed pipeline therefore works, and reads from where the weights are stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from penstock.offload.units import ComponentUnits, Partition, Weight
+
+
+def whole_states(partition: Partition) -> Callable[[], None]:
+    """Hook the `state_dict` of all components.
+
+    Returns:
+        A function that takes the hooks away.
+    """
+    handles = []
+    for part in partition.components:
+        weights = [weight for unit in _units_of(part, partition) for weight in unit.weights]
+        shown: list[tuple[Weight, Any]] = []
+        module: Any = part.module
+        handles.append(module.register_state_dict_pre_hook(_Show(weights, shown)))
+        handles.append(module.register_state_dict_post_hook(_Hide(shown)))
+
+    def remove() -> None:
+        for handle in handles:
+            handle.remove()
+
+    return remove
+
+
+def _units_of(part: ComponentUnits, partition: Partition) -> list[Any]:
+    return [*part.units, *([partition.shared] if partition.shared else [])]
+
+
+class _Show:
+    """Before: put the stored weights where `state_dict` looks, in the dtype they have on the device."""
+
+    def __init__(self, weights: list[Weight], shown: list[tuple[Weight, Any]]) -> None:
+        self._weights = weights
+        self._shown = shown
+
+    def __call__(self, module: nn.Module, prefix: str, keep_vars: bool) -> None:
+        for weight in self._weights:
+            self._shown.append((weight, weight.table.get(weight.key)))
+            stored = weight.original
+            if stored.dtype != weight.dtype:
+                stored = nn.Parameter(stored.detach().to(weight.dtype), requires_grad=False)
+            weight.table[weight.key] = stored
+
+
+class _Hide:
+    """After: put back what was there."""
+
+    def __init__(self, shown: list[tuple[Weight, Any]]) -> None:
+        self._shown = shown
+
+    def __call__(self, module: nn.Module, state: dict[str, torch.Tensor], prefix: str, metadata: Any) -> None:
+        while self._shown:
+            weight, current = self._shown.pop()
+            weight.table[weight.key] = current

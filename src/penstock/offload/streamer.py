@@ -1,0 +1,173 @@
+"""The streamer of one pipeline: arena, sources, residency and hooks, put together from a plan.
+
+Owns what `install` does and `remove` undoes. Does not know how a plan is found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from penstock.offload.clock import StepClock
+from penstock.offload.cuda import CudaTransfer
+from penstock.offload.guards import guard
+from penstock.offload.residency import Residency, Tenant
+from penstock.offload.stage import Stage
+from penstock.offload.states import whole_states
+from penstock.offload.transfer import HostTransfer, Transfer
+from penstock.offload.units import Partition, Unit
+from penstock.plan import Plan
+from penstock.timeline import Timeline
+from penstock.weights.host import HostStore
+from penstock.weights.layout import Layout, packed, paged
+from penstock.weights.memory import Arena
+from penstock.weights.proof import Proof
+from penstock.weights.reader import FileReader
+from penstock.weights.sources import Source, source_of
+
+
+def layout_of(unit: Unit, device: torch.device) -> Layout:
+    """How a unit lies on a device."""
+    return paged(unit.pieces) if device.type == "cpu" else packed(unit.pieces)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What is not a matter of bytes.
+
+    Attributes:
+        is_direct: read files past the page cache.
+        in_host_store: keep what streams in (pinned) host memory and read each file once.
+        is_checked: hash every fill and poison what is given up.
+    """
+
+    is_direct: bool = False
+    in_host_store: bool = False
+    is_checked: bool = False
+
+
+class Streamer:
+    """Carries out a plan on a pipeline.
+
+    Args:
+        pipeline: whose weights were taken apart.
+        partition: its units.
+        plan: their places.
+        settings: the rest.
+        timeline: where everything is noted, or None.
+
+    Raises:
+        ModelError: where the device has no room for the arena.
+        WeightsError: for files that cannot be read.
+    """
+
+    def __init__(
+        self, pipeline: Any, partition: Partition, plan: Plan, settings: Settings, timeline: Timeline | None = None
+    ) -> None:
+        self._pipeline = pipeline
+        self._partition = partition
+        self.plan = plan
+        self.timeline = timeline
+        device = torch.device(plan.device)
+        self.arena = Arena(plan.arena_bytes, device)
+        proof = Proof(self.arena) if settings.is_checked else None
+        if proof is not None:
+            self.arena.poison(0, plan.arena_bytes)
+        self.reader = FileReader(settings.is_direct)
+        self.transfer: Transfer = _transfer(self.arena, timeline)
+        self.store: HostStore | None = None
+        self.host_bytes = 0
+        tenants = self._tenants(partition, device, settings.in_host_store)
+        self.residency = Residency(tenants, self.arena, self.transfer, proof, timeline)
+        self._stages = self._make_stages({id(tenant.unit): tenant for tenant in tenants})
+        self._undo: list[Callable[[], None]] = []
+
+    def _tenants(self, partition: Partition, device: torch.device, in_host_store: bool) -> list[Tenant]:
+        plans = {unit.name: unit for unit in self.plan.units}
+        layouts = {id(unit): layout_of(unit, device) for unit in partition.units}
+        moving = [unit for unit in partition.units if plans[unit.name].residency != "resident"]
+        if in_host_store and moving:
+            self.host_bytes = sum(layouts[id(unit)].num_bytes for unit in moving)
+            self.store = HostStore(self.host_bytes, is_pinned=device.type == "cuda")
+        tenants = []
+        for unit in partition.units:
+            layout = layouts[id(unit)]
+            source: Source = source_of(unit.pieces, layout, self.reader)
+            if self.store is not None and unit in moving:
+                source = self.store.put(source, layout.num_bytes)
+            tenants.append(Tenant(unit, plans[unit.name], layout, source))
+        return tenants
+
+    def _make_stages(self, tenants: Mapping[int, Tenant]) -> dict[str, Stage]:
+        stages = {}
+        for part in self._partition.components:
+            clock = StepClock(self._pipeline) if part.role == "denoiser" else None
+            units = [tenants[id(unit)] for unit in part.units]
+            if units:
+                stages[part.name] = Stage(part.module, units, self.residency, self.plan.prefetch, clock, self.timeline)
+        return stages
+
+    def measured(self, component: str) -> tuple[float, float] | None:
+        """Seconds that a block of a component computes, and that one fills, on average; None before it ran."""
+        stage = self._stages.get(component)
+        if stage is None or not stage.num_computed or not self.residency.num_fills or self.transfer.num_lanes == 0:
+            return None
+        fill_s = self.transfer.busy_s / self.transfer.num_lanes / self.transfer.moved_bytes * stage.block_bytes
+        return stage.compute_s / stage.num_computed, fill_s
+
+    @property
+    def tenants(self) -> Sequence[Tenant]:
+        """All units with their places and states."""
+        return self.residency.tenants
+
+    def install(self) -> None:
+        """Put stand-ins, hooks and guards in place; no weights move yet."""
+        self._undo.append(self.transfer.close)
+        self._undo.append(self.reader.close)
+        if self.store is not None:
+            self._undo.append(self.store.close)
+        self._undo.append(self.residency.remove)
+        self.residency.install()
+        self._undo.append(_move_fixed(self._partition, self.arena.tensor.device))
+        for stage in self._stages.values():
+            self._undo.append(stage.remove)
+            stage.install()
+        modules = [part.module for part in self._partition.components]
+        self._undo.append(whole_states(self._partition))
+        self._undo.append(guard(self._pipeline, modules, self.arena.tensor.device))
+
+    def remove(self) -> None:
+        """Undo `install`, in the opposite order; the pipeline is as it was."""
+        while self._undo:
+            self._undo.pop()()
+
+
+def _transfer(arena: Arena, timeline: Timeline | None) -> Transfer:
+    if arena.tensor.device.type == "cuda":
+        return CudaTransfer(arena, timeline)
+    return HostTransfer(arena, timeline)
+
+
+def _move_fixed(partition: Partition, device: torch.device) -> Callable[[], None]:
+    """Bring what is outside of units to the device, tied tensors once."""
+    moved: dict[int, torch.Tensor] = {}
+    for weight in partition.fixed:
+        tensor = weight.original
+        if tensor.device == device and weight.dtype == tensor.dtype:
+            continue
+        if id(tensor) not in moved:
+            with torch.inference_mode(False), torch.no_grad():
+                there = tensor.detach().to(device=device, dtype=weight.dtype)
+                is_parameter = isinstance(tensor, torch.nn.Parameter)
+                moved[id(tensor)] = torch.nn.Parameter(there, requires_grad=False) if is_parameter else there
+        weight.table[weight.key] = moved[id(tensor)]
+
+    def undo() -> None:
+        for weight in partition.fixed:
+            if weight.table.get(weight.key) is moved.get(id(weight.original), weight):
+                weight.table[weight.key] = weight.original
+
+    return undo

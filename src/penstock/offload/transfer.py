@@ -1,0 +1,121 @@
+"""Transfers: how a source's bytes get to a unit's place on the device, beside compute.
+
+One interface, two ways: threads of the host, where the device's memory is the host's; a copy stream, on CUDA
+(`penstock.offload.cuda`). Owns threads and tickets; does not know which unit is due.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from penstock.timeline import Timeline
+from penstock.weights.memory import Arena
+from penstock.weights.sources import Part, Source
+
+THREADS = 2
+"""Readers at a time: two reach a disk's full speed, and more only wait for each other."""
+
+
+@dataclass(frozen=True, eq=False)
+class Ticket:
+    """A fill that was asked for."""
+
+    name: str
+    work: Any
+
+
+class Transfer(Protocol):
+    """Moves bytes to the device.
+
+    Attributes:
+        moved_bytes: bytes written to the device so far.
+        num_lanes: how many fill side by side.
+    """
+
+    moved_bytes: int
+    num_lanes: int
+
+    @property
+    def busy_s(self) -> float:
+        """Seconds of filling."""
+        ...
+
+    def submit(self, name: str, source: Source, begin: int) -> Ticket:
+        """Begin to fill the arena from byte `begin`; everything that compute was given so far may still read it."""
+        ...
+
+    def wait(self, ticket: Ticket) -> None:
+        """What compute is given from now on may read the bytes.
+
+        Raises:
+            WeightsError: for what a reader met.
+        """
+        ...
+
+    def cancel(self, ticket: Ticket) -> None:
+        """Give a fill up; afterwards nothing writes to its place any more."""
+        ...
+
+    def close(self) -> None:
+        """End threads and streams."""
+        ...
+
+
+class HostTransfer:
+    """Threads that write straight into the arena.
+
+    Args:
+        arena: in host memory.
+        timeline: where fills are noted, or None.
+        num_threads: how many read at a time.
+    """
+
+    def __init__(self, arena: Arena, timeline: Timeline | None = None, num_threads: int = THREADS) -> None:
+        assert arena.host is not None
+        self._view = arena.host.view
+        self._timeline = timeline
+        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="penstock-reader")
+        self._lock = threading.Lock()
+        self.moved_bytes = 0
+        self.num_lanes = num_threads
+        self._busy_s = 0.0
+
+    @property
+    def busy_s(self) -> float:
+        """Seconds that readers took, summed over threads."""
+        return self._busy_s
+
+    def submit(self, name: str, source: Source, begin: int) -> Ticket:
+        """Queue the source's parts; readers take them in order."""
+        futures = [self._pool.submit(self._fill, name, part, begin) for part in source.parts]
+        return Ticket(name, futures)
+
+    def wait(self, ticket: Ticket) -> None:
+        """Wait for the readers."""
+        for future in ticket.work:
+            future.result()
+
+    def cancel(self, ticket: Ticket) -> None:
+        """Drop the parts that no reader has taken, and wait for the others."""
+        wait([future for future in ticket.work if not future.cancel()])
+
+    def close(self) -> None:
+        """End the threads; what is queued is dropped."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _fill(self, name: str, part: Part, begin: int) -> None:
+        begun_s = time.perf_counter()
+        before, after = part.margin
+        first = begin + part.position
+        part.write(self._view[first - before : first + part.num_bytes + after])
+        ended_s = time.perf_counter()
+        with self._lock:
+            self.moved_bytes += part.num_bytes
+            self._busy_s += ended_s - begun_s
+        if self._timeline is not None:
+            lane = threading.current_thread().name
+            self._timeline.add("fill", name, begun_s, ended_s, lane=lane, num_bytes=part.num_bytes)

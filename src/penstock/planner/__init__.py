@@ -1,0 +1,1 @@
+"""Arithmetic on bytes: where every unit goes. No torch."""

@@ -1,0 +1,98 @@
+"""Memory of an exact size that is allocated once: the device's arena, and pinned memory of the host.
+
+torch's own pinned allocator rounds up to powers of two (38 GiB become 64); here an anonymous mapping of the exact
+size is registered with the driver instead.
+"""
+
+from __future__ import annotations
+
+import mmap
+import warnings
+from typing import Any
+
+import torch
+
+from penstock.errors import ModelError
+from penstock.weights.ranges import PAGE_BYTES, align
+
+POISON = 0xFF
+"""A byte that makes NaN of every float dtype."""
+
+
+class HostMemory:
+    """Page-aligned memory of the host, exactly sized to whole pages.
+
+    Args:
+        num_bytes: its size.
+        is_pinned: register it with CUDA, so that copies to the device run beside compute. Where the driver
+            refuses (limits of a container, WSL), it stays pageable, with a warning.
+
+    Attributes:
+        tensor: all of it, as uint8.
+        view: the same as a writable memoryview.
+        is_pinned: whether it really is.
+    """
+
+    def __init__(self, num_bytes: int, is_pinned: bool = False) -> None:
+        self._map = mmap.mmap(-1, max(align(num_bytes, PAGE_BYTES), PAGE_BYTES))
+        self.view = memoryview(self._map)
+        with torch.inference_mode(False):
+            self.tensor = torch.frombuffer(self._map, dtype=torch.uint8)
+        self.is_pinned = is_pinned and self._register()
+
+    def _register(self) -> bool:
+        driver = _driver()
+        code = driver.cudaHostRegister(self.tensor.data_ptr(), self.tensor.numel(), 0)
+        if int(code) == 0:
+            return True
+        warnings.warn(
+            f"CUDA refused to pin {self.tensor.numel()} bytes of host memory (error {int(code)}): copies to the device "
+            "will be slower and will not overlap with compute. Raise the limit of locked memory (ulimit -l).",
+            UserWarning,
+            stacklevel=4,
+        )
+        return False
+
+    def close(self) -> None:
+        """Give the registration back; the memory itself lives as long as tensors refer to it."""
+        if self.is_pinned:
+            driver = _driver()
+            driver.cudaHostUnregister(self.tensor.data_ptr())
+            self.is_pinned = False
+
+
+class Arena:
+    """The device's memory for weights: one allocation, in which every unit has its place for ever.
+
+    Args:
+        num_bytes: its size.
+        device: where.
+
+    Raises:
+        ModelError: where the device has no room for it.
+    """
+
+    def __init__(self, num_bytes: int, device: torch.device) -> None:
+        self.num_bytes = num_bytes
+        self.host: HostMemory | None = None
+        try:
+            if device.type == "cpu":
+                self.host = HostMemory(num_bytes)
+                self.tensor = self.host.tensor[:num_bytes]
+            else:
+                with torch.inference_mode(False):
+                    self.tensor = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+        except (torch.OutOfMemoryError, OSError, MemoryError) as error:
+            raise ModelError(
+                f"{device} has no room for {num_bytes} bytes of weights: {error}. Ask for a smaller "
+                "--max-weight-memory."
+            ) from error
+
+    def poison(self, begin: int, num_bytes: int) -> None:
+        """Overwrite a range with NaN, so that a read of weights that are no longer there shows."""
+        self.tensor[begin : begin + num_bytes].fill_(POISON)
+
+
+def _driver() -> Any:
+    cudart: Any = torch.cuda.cudart
+    return cudart()
