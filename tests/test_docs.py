@@ -13,7 +13,7 @@ from penstock.cli.app import app
 
 ROOT = Path(__file__).resolve().parents[1]
 CARD = ROOT / "src" / "penstock" / "demo" / "README.md"
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", CARD, *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", CARD, *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"```(python|sh)\n(.*?)```", re.DOTALL)
 
 

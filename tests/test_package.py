@@ -18,7 +18,7 @@ def test_every_public_name_resolves() -> None:
 
 def test_public_names_are_these() -> None:
     functions = {name for name in penstock.__all__ if name.islower() and not name.startswith("_")}
-    assert functions == {"generate", "inspect", "load", "save", "verify"}
+    assert functions == {"apply", "generate", "inspect", "load", "placed_on", "save", "verify"}
 
 
 def test_unknown_name_is_an_attribute_error() -> None:

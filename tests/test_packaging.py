@@ -43,13 +43,14 @@ def test_torch_is_held_to_one_version_without_a_build() -> None:
 
 def test_every_requirement_is_pinned_and_installed_as_pinned() -> None:
     wanted = [*project()["dependencies"], *project()["optional-dependencies"]["dev"]]
+    wanted += project()["optional-dependencies"]["plot"]
     for name in map(name_of, wanted):
         assert importlib.metadata.version(name).split("+")[0] == pins()[name], name
 
 
 def test_one_line_installs_all_of_it_under_the_constraints() -> None:
     lines = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if not line.startswith("#")]
-    assert lines == ["-c constraints.txt", "-e .[dev]"]
+    assert lines == ["-c constraints.txt", "-e .[dev,plot]"]
 
 
 def test_readme_shows_what_make_does() -> None:

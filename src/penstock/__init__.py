@@ -24,15 +24,21 @@ from penstock.errors import (
 
 if TYPE_CHECKING:
     from penstock.config import LoadConfig as LoadConfig
+    from penstock.config import OffloadConfig as OffloadConfig
     from penstock.engine.build import load as load
     from penstock.engine.generate import generate as generate
     from penstock.engine.parity import Verification as Verification
     from penstock.engine.parity import verify as verify
+    from penstock.engine.placed import Placed as Placed
+    from penstock.engine.placed import apply as apply
+    from penstock.engine.placed import placed_on as placed_on
     from penstock.media.files import save as save
     from penstock.models.profiler import inspect as inspect
     from penstock.models.protocols import SupportsComponentDiscovery as SupportsComponentDiscovery
     from penstock.models.protocols import SupportsModuleOffload as SupportsModuleOffload
+    from penstock.plan import Plan as Plan
     from penstock.profile import Profile as Profile
+    from penstock.report import Report as Report
     from penstock.request import GenerationRequest as GenerationRequest
     from penstock.request import GenerationResult as GenerationResult
     from penstock.request import StepEvent as StepEvent
@@ -43,14 +49,20 @@ _HOMES = {
     "GenerationRequest": "penstock.request",
     "GenerationResult": "penstock.request",
     "LoadConfig": "penstock.config",
+    "OffloadConfig": "penstock.config",
+    "Placed": "penstock.engine.placed",
+    "Plan": "penstock.plan",
     "Profile": "penstock.profile",
+    "Report": "penstock.report",
     "StepEvent": "penstock.request",
     "SupportsComponentDiscovery": "penstock.models.protocols",
     "SupportsModuleOffload": "penstock.models.protocols",
     "Verification": "penstock.engine.parity",
+    "apply": "penstock.engine.placed",
     "generate": "penstock.engine.generate",
     "inspect": "penstock.models.profiler",
     "load": "penstock.engine.build",
+    "placed_on": "penstock.engine.placed",
     "save": "penstock.media.files",
     "verify": "penstock.engine.parity",
 }

@@ -25,7 +25,7 @@ class UnitPlan:
 
     Attributes:
         name: from the pipeline, such as `transformer.transformer_blocks.3`.
-        component: that it belongs to.
+        component: that it belongs to; its own name for what stays in any case.
         num_bytes: on the device, gaps for alignment included.
         begin: byte of the device's arena at which it begins.
         residency: how long it stays.

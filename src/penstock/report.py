@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from penstock.bytesize import format_bytes
 from penstock.plan import Plan
@@ -85,6 +86,14 @@ class Report:
     def to_json(self) -> str:
         """One line of JSON."""
         return json.dumps(asdict(self))
+
+    def summary(self) -> dict[str, Any]:
+        """What was measured and promised, without the list of units; JSON-able."""
+        told = asdict(self)
+        plan = told.pop("plan")
+        del told["units"]
+        kept = ("offload", "device", "prefetch", "weight_bytes", "least_bytes", "components", "reason")
+        return {**{name: plan[name] for name in kept}, "promised_bytes": self.plan.promised_bytes, **told}
 
     def __str__(self) -> str:
         plan = self.plan

@@ -253,3 +253,37 @@ def test_stopped_run_leaves_no_file(number: signal.Signals, code: int, flux: Pat
     assert process.returncode == code
     assert out == "" and "Traceback" not in err
     assert list(elsewhere.iterdir()) == []
+
+
+def test_streamed_run_reports_traces_and_draws(flux: Path, elsewhere: Path) -> None:
+    asked = ("generate", str(flux), "x", "--size", "56x40", "--steps", "2", "--seed", "0")
+    plain = json.loads(penstock(*asked, "--json", "--out", "plain.png").stdout)
+    options = ("--offload", "layerwise", "--check", "--trace", "t.json", "--plot", "p.png", "--json")
+    told = json.loads(penstock(*asked, *options, "--out", "streamed.png").stdout)
+    assert Image.open("plain.png").tobytes() == Image.open("streamed.png").tobytes()
+    placement = told["placement"]
+    assert placement["offload"] == "layerwise" and 0 < placement["peak_bytes"] <= placement["promised_bytes"]
+    assert placement["read_bytes"] > 0 == placement["written_bytes"]
+    assert plain["placement"]["offload"] == "none"
+    assert read_facts(Path("streamed.png"))["offload"] == "layerwise"
+    names = {event.get("cat") for event in json.loads(Path("t.json").read_text())["traceEvents"]}
+    assert {"fill", "compute"} <= names
+    assert Image.open("p.png").width > 1000
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (("--trace", "t.json"), "nothing does"),
+        (("--offload", "layerwise", "--trace", "t.txt"), "written as .json"),
+        (("--offload", "layerwise", "--plot", "nowhere/p.png"), "nowhere"),
+        (("--offload", "layerwise", "--max-weight-memory", "1KiB"), "below the least that works"),
+        (("--enable-cpu-offload", "--enable-layerwise-offload"), "Give one of them"),
+    ],
+)
+def test_placement_that_cannot_work_is_refused_before_loading(
+    options: tuple[str, ...], line: str, flux: Path, elsewhere: Path
+) -> None:
+    done = penstock("generate", str(flux), "x", "--size", "56x40", *options)
+    assert done.returncode == 2 and line in done.stderr and done.stderr.count("\n") == 1
+    assert not list(elsewhere.iterdir())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,8 +13,9 @@ from typer.testing import CliRunner
 
 import penstock
 from penstock.cli.app import app
-from penstock.cli.inspect import show, size
+from penstock.cli.inspect import show
 from tests import zoo
+from tests.cli.test_generate import penstock as command
 
 
 @pytest.mark.parametrize("name", [name for name in zoo.NAMES if name != "stranger"])
@@ -38,14 +40,13 @@ def test_object_of_unknown_classes_is_shown() -> None:
     assert "structure: the largest module of unknown use" in stream.getvalue()
 
 
-@pytest.mark.parametrize(
-    ("num_bytes", "text"),
-    [(0, "0 B"), (999, "999 B"), (1000, "0.977 KiB"), (5 * 2**30, "5 GiB"), (2**50, "1.02e+03 TiB")],
-)
-def test_sizes_for_people(num_bytes: int, text: str) -> None:
-    assert size(num_bytes) == text
-
-
-def test_options_that_need_weights_are_refused() -> None:
-    result = CliRunner().invoke(app, ["inspect", "demo", "--device", "cpu"])
-    assert result.exit_code == 2 and "No such option" in result.output
+def test_options_of_placement_show_where_the_weights_would_go(zoo_folder: Callable[[str], Path]) -> None:
+    folder = str(zoo_folder("flux"))
+    plain = command("inspect", folder)
+    placed = command("inspect", folder, "--offload", "layerwise")
+    assert "offload layerwise on cpu (as asked for): at most" in placed.stdout
+    assert "least possible" not in plain.stdout
+    told = json.loads(command("inspect", folder, "--offload", "sequential", "--json").stdout)
+    assert told["plan"]["offload"] == "sequential" and told["plan"]["arena_bytes"] <= told["plan"]["weight_bytes"]
+    refused = command("inspect", folder, "--offload", "layerwise", "--max-weight-memory", "1KiB")
+    assert refused.returncode == 2 and "below the least that works" in refused.stderr

@@ -13,6 +13,7 @@ import typer
 from penstock.cli.interrupts import interruptible
 from penstock.cli.options import RequestOptions, command
 from penstock.config import LoadConfig
+from penstock.errors import ConfigError
 from penstock.request import GenerationRequest, StepEvent
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ def generate(
     prompt: Annotated[str | None, typer.Argument(help="What to draw.")] = None,
     *,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="File to write; out.png, .mp4 or .wav.")] = None,
+    trace: Annotated[Path | None, typer.Option(help="Write fills, waits and compute as a Chrome trace, .json.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw what is on the device and when, .png.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON instead of text.")] = False,
     request: RequestOptions,
     load: LoadConfig,
@@ -41,10 +44,11 @@ def generate(
     begun_s = time.perf_counter()
     prepared = prepare(model, load)
     target = check(prepared, asked, out)
+    check_drawings(prepared, trace, plot)
     story = Story(effective(prepared), notes_on(prepared, asked))
     try:
         with Bars(asked.num_images) as bars, interruptible() as check_interrupt:
-            pipeline = fill(prepared, bars.loading)
+            pipeline = fill(prepared, bars.loading, trace=bool(trace or plot))
             story.facts["load_s"] = round(time.perf_counter() - begun_s, 3)
 
             def on_step(event: StepEvent) -> None:
@@ -54,6 +58,7 @@ def generate(
             for item, result in enumerate(run(pipeline, asked, on_step=on_step)):
                 path = save(result, story.path_of(result, target, item, asked.num_images), effective(prepared))
                 story.add(path, result, bars.print if not as_json else None)
+            draw(pipeline, trace, plot, story)
     finally:
         if as_json and story.outputs:
             typer.echo(story.to_json(is_complete=len(story.outputs) == asked.num_images))
@@ -118,6 +123,47 @@ def check(prepared: Prepared, asked: GenerationRequest, out: Path | None) -> Pat
     return target
 
 
+def check_drawings(prepared: Prepared, trace: Path | None, plot: Path | None) -> None:
+    """Refuse a trace or plot that could not be written later, or would show nothing.
+
+    Raises:
+        UsageError: saying why.
+    """
+    from penstock.media.plot import check_plot
+    from penstock.media.trace import check_trace
+
+    if (trace or plot) and prepared.plan.offload == "none":
+        raise ConfigError(
+            f"--trace and --plot show what streams, and here nothing does ({prepared.plan.reason}). "
+            "Add --offload layerwise or sequential."
+        )
+    if trace is not None:
+        check_trace(trace.expanduser())
+    if plot is not None:
+        check_plot(plot.expanduser())
+
+
+def draw(pipeline: Any, trace: Path | None, plot: Path | None, story: Story) -> None:
+    """Report what was streamed; write the trace and the plot where they are asked for."""
+    from penstock.engine.placed import placed_on
+    from penstock.media.plot import plot_timeline
+    from penstock.media.trace import save_trace
+
+    placed = placed_on(pipeline)
+    if placed is None:
+        return
+    report = placed.report()
+    story.facts["placement"] = report.summary()
+    if placed.plan.offload != "none":
+        story.notes.extend(str(report).splitlines()[:2])
+    if placed.timeline is None:
+        return
+    if trace is not None:
+        save_trace(placed.timeline, trace)
+    if plot is not None:
+        plot_timeline(placed.timeline, plot, promised_bytes=placed.plan.promised_bytes)
+
+
 def notes_on(prepared: Prepared, asked: GenerationRequest) -> list[str]:
     """What to tell the user of the model's files, of arguments without effect, of a prompt the model cannot know."""
     from penstock.engine.checks import effect_notes
@@ -143,6 +189,8 @@ def effective(prepared: Prepared) -> dict[str, Any]:
         "pipeline": type(prepared.skeleton.pipeline).__name__,
         "device": str(prepared.device),
         "dtype": str(prepared.dtype).removeprefix("torch."),
+        "offload": prepared.plan.offload,
+        "promised_bytes": prepared.plan.promised_bytes,
         "variant": prepared.config.variant,
         "revision": prepared.config.revision,
         "versions": {"penstock": __version__, "diffusers": diffusers.__version__, "torch": torch.__version__},

@@ -160,6 +160,8 @@ def verify(
             "device": str(prepared.device),
             "dtype": str(prepared.dtype).removeprefix("torch."),
             "reference_dtype": str(plain_dtype).removeprefix("torch."),
+            "offload": prepared.plan.offload,
+            "promised_bytes": prepared.plan.promised_bytes,
             "seed": seed,
         },
         tolerance=tolerance,

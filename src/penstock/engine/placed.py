@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from typing import Any, Self
-from weakref import WeakKeyDictionary
 
 import torch
 
@@ -28,7 +27,7 @@ from penstock.timeline import Timeline
 from penstock.weights.maps import MappedFiles
 from penstock.weights.ranges import FileRange, Range
 
-_PLACED: WeakKeyDictionary[Any, Placed] = WeakKeyDictionary()
+_HANDLE = "_penstock_placed"  # the attribute of a pipeline that leads to what is placed on it
 _DIRECT_SHARE = 0.5  # of free host memory: files larger than this are read past the page cache
 _STORE_SHARE = 0.6  # of free host memory that pinned weights may take
 
@@ -120,9 +119,9 @@ class Placed:
 
         Cost: nothing is copied; weights that were cast on the way to the device are cast again when they are used.
         """
-        if _PLACED.get(self.pipeline) is not self:
+        if placed_on(self.pipeline) is not self:
             return
-        del _PLACED[self.pipeline]
+        del vars(self.pipeline)[_HANDLE]
         self._prompts.remove()
         if self._streamer is not None:
             self._streamer.remove()
@@ -194,20 +193,24 @@ def place(
         streamer.install()
     prompts.install()
     placed = Placed(pipeline, planned, streamer, prompts, tuple(_notes(planned, device)))
-    _PLACED[pipeline] = placed
+    vars(pipeline)[_HANDLE] = placed
     return placed
 
 
 def placed_on(pipeline: Any) -> Placed | None:
     """What is placed on a pipeline now."""
-    return _PLACED.get(pipeline)
+    placed: Placed | None = vars(pipeline).get(_HANDLE)
+    return placed
 
 
 def _require_unplaced(pipeline: Any) -> None:
-    if pipeline in _PLACED:
+    placed = placed_on(pipeline)
+    if placed is not None and placed.plan.offload == "none":
+        placed.remove()  # nothing streams: as good as not placed
+    elif placed is not None:
         raise ConfigError(
-            f"this {type(pipeline).__name__} is placed already: {_PLACED[pipeline].plan.offload} with "
-            f"{_PLACED[pipeline].plan.promised_bytes} bytes promised. Call remove() first."
+            f"this {type(pipeline).__name__} is placed already: {placed.plan.offload} with "
+            f"{placed.plan.promised_bytes} bytes promised. Call remove() first."
         )
     for component in discover(pipeline).components:
         if any(hasattr(module, "_hf_hook") for module in component.module.modules()):

@@ -70,7 +70,7 @@ def plan_pipeline(
     prefetch = _PREFETCH if config.prefetch is None else config.prefetch
     for mode in modes:
         partition = take_apart(components, locate, is_layerwise=mode == "layerwise", dtypes=dtypes)
-        demands = _demands(partition, mode, device, _reason(config, weight_bytes, budget))
+        demands = demands_of(partition, mode, device, _reason(config, weight_bytes, budget))
         if mode == modes[-1] or budget is None or least_bytes(demands, prefetch) <= budget:
             break
     plan = solve(demands, budget, prefetch)
@@ -152,7 +152,16 @@ def _planned_none(
     return Planned(Partition([], None, []), demands, plan)
 
 
-def _demands(partition: Partition, mode: Offload, device: torch.device, reason: str) -> Demands:
+def demands_of(partition: Partition, mode: Offload, device: torch.device, reason: str = "") -> Demands:
+    """What a partition asks of a device, in bytes.
+
+    Args:
+        partition: units of components for `sequential`, of blocks for `layerwise`.
+        mode: which of these.
+        device: whose layout counts.
+        reason: why this mode.
+    """
+
     def size(unit: Unit) -> tuple[str, int]:
         return unit.name, layout_of(unit, device).num_bytes
 
@@ -184,8 +193,9 @@ def _require_room(plan: Plan, machine: Machine) -> None:
     if machine.device_bytes is not None and plan.promised_bytes > machine.device_bytes:
         raise ConfigError(
             f"{format_bytes(plan.promised_bytes)} for weights are more than {plan.device} has, "
-            f"{format_bytes(machine.device_bytes)} (limited by {machine.limited_by}). The least that works is "
-            f"--max-weight-memory {plan.least_bytes} ({format_bytes(plan.least_bytes)})."
+            f"{format_bytes(machine.device_bytes)} (limited by {machine.limited_by}). The least that "
+            f"offload={plan.offload!r} works with is {plan.least_bytes} bytes ({format_bytes(plan.least_bytes)}). "
+            + ("Try --offload layerwise." if plan.offload == "sequential" else "Try less --max-weight-memory.")
         )
 
 

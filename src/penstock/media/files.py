@@ -47,7 +47,7 @@ def save(result: GenerationResult, path: str | Path, metadata: Mapping[str, Any]
     facts = {**(metadata or {}), "seed": result.seed, "arguments": dict(result.arguments)}
     if result.frame_rate is not None:
         facts["frame_rate"] = result.frame_rate
-    with _whole_file(target.resolve()) as unfinished:  # a link keeps leading to its file
+    with whole_file(target.resolve()) as unfinished:  # a link keeps leading to its file
         _WRITERS[result.kind](result, unfinished, facts)
     return target
 
@@ -64,6 +64,15 @@ def check_target(path: Path, kind: OutputKind) -> None:
             if path.name
             else f"{str(path)!r} names no file. Give a path that ends in {SUFFIXES[kind]}."
         )
+    check_place(path)
+
+
+def check_place(path: Path) -> None:
+    """Refuse a place where no file can be written, whatever it holds.
+
+    Raises:
+        OutputError: naming what is wrong with it.
+    """
     if len(os.fsencode(path.name)) > _MAX_NAME_BYTES:
         raise OutputError(f"{path.name[:40]}... is longer than {_MAX_NAME_BYTES} bytes. Choose a shorter name.")
     try:
@@ -87,7 +96,7 @@ def numbered(path: Path, item: int, count: int) -> Path:
 
 
 @contextmanager
-def _whole_file(target: Path) -> Iterator[Path]:
+def whole_file(target: Path) -> Iterator[Path]:
     """A fresh file beside the target that takes its name when the block ends well, and is removed otherwise."""
     try:
         handle, name = tempfile.mkstemp(prefix=".penstock-", suffix=target.suffix, dir=target.parent)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from penstock.bytesize import format_bytes
 from penstock.errors import ConfigError, OutputError
-from penstock.media.files import _whole_file, check_target
+from penstock.media.files import check_target, whole_file
 from penstock.timeline import SpanKind, Timeline
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def plot_timeline(timeline: Timeline, path: str | Path, *, promised_bytes: int |
     target = Path(path).expanduser()
     check_plot(target)
     figure = _figure(timeline, promised_bytes)
-    with _whole_file(target.resolve()) as unfinished:  # a link keeps leading to its file
+    with whole_file(target.resolve()) as unfinished:  # a link keeps leading to its file
         figure.savefig(unfinished, format="png", dpi=_DPI)
     return target
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from penstock.errors import OutputError
-from penstock.media.files import _whole_file
+from penstock.media.files import check_place, whole_file
 from penstock.timeline import Timeline
 
 _SUFFIX = ".json"
@@ -28,8 +28,18 @@ def save_trace(timeline: Timeline, path: str | Path) -> Path:
     nothing is left behind.
     """
     target = Path(path).expanduser()
-    if target.suffix.lower() != _SUFFIX:
-        raise OutputError(f"{str(target)!r}: a trace is written as {_SUFFIX}. Give a path that ends in {_SUFFIX}.")
-    with _whole_file(target.resolve()) as unfinished:  # a link keeps leading to its file
+    check_trace(target)
+    with whole_file(target.resolve()) as unfinished:  # a link keeps leading to its file
         unfinished.write_text(timeline.to_chrome(), "utf-8")
     return target
+
+
+def check_trace(target: Path) -> None:
+    """Refuse a path that `save_trace` could not write to.
+
+    Raises:
+        OutputError: naming what is wrong with it.
+    """
+    if target.suffix.lower() != _SUFFIX:
+        raise OutputError(f"{str(target)!r}: a trace is written as {_SUFFIX}. Give a path that ends in {_SUFFIX}.")
+    check_place(target)

@@ -41,7 +41,9 @@ class StepClock:
     def _now(self) -> tuple[int, int]:
         """The step that runs, from 0, and how many there are; 0 of 0 where no scheduler says."""
         for scheduler in _schedulers(self._pipeline):
-            return scheduler.step_index or 0, len(scheduler.timesteps)
+            begin = getattr(scheduler, "begin_index", None) or 0  # a picture as input: later than the first step
+            step = begin if scheduler.step_index is None else scheduler.step_index
+            return step, len(scheduler.timesteps)
         return 0, 0
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any, Self
 
 import torch
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from penstock.errors import UsageError
 
@@ -32,13 +32,21 @@ _DESCRIBING: frozenset[Any] = frozenset(
 class ColdTensor(torch.Tensor):
     """A parameter or buffer whose values are elsewhere.
 
-    `fetch` brings the weight to the device and returns it.
+    `fetch` brings the weight to the device and returns it; weights of one `unit` are there together.
     """
 
     fetch: Callable[[], torch.Tensor]
+    unit: object
 
     @classmethod
-    def of(cls, tensor: torch.Tensor, device: torch.device, dtype: torch.dtype, fetch: Callable[[], Any]) -> Self:
+    def of(
+        cls,
+        tensor: torch.Tensor,
+        device: torch.device,
+        dtype: torch.dtype,
+        fetch: Callable[[], Any],
+        unit: object = None,
+    ) -> Self:
         """The stand-in for a weight as it will be on the device.
 
         Cost: a few bytes; its elements share one NaN.
@@ -47,7 +55,7 @@ class ColdTensor(torch.Tensor):
             value = math.nan if dtype.is_floating_point or dtype.is_complex else 0
             one = torch.full((), value, dtype=torch.float32).to(device=device, dtype=dtype)
             cold = torch.Tensor._make_subclass(cls, one.expand(tensor.shape), False)
-        cold.fetch = fetch
+        cold.fetch, cold.unit = fetch, unit
         if isinstance(tensor, torch.nn.Parameter):
             cold._is_param = True  # what makes `isinstance(cold, nn.Parameter)` true
         return cold
@@ -65,26 +73,32 @@ class ColdTensor(torch.Tensor):
                 return f"ColdTensor(shape={tuple(cold.shape)}, dtype={cold.dtype}, device='{cold.device}')"
         if func in (torch.Tensor.detach, torch.Tensor.requires_grad_):
             return args[0]
-        if _writes(func) and isinstance(args[0], ColdTensor):
+        if _writes(func) and isinstance(next(iter((*args, *kwargs.values())), None), ColdTensor):
             raise UsageError(
                 f"{func.__name__} would change a weight that penstock streams, and the change would be lost at its "
                 "next fill. Call remove() on what penstock.apply returned, change the weights, and apply again."
             )
-        return func(*tree_map_only(ColdTensor, _fetched, args), **tree_map_only(ColdTensor, _fetched, kwargs))
+        units = {id(cold.unit) for cold in tree_leaves((args, kwargs)) if isinstance(cold, ColdTensor)}
+        fetch = _fetched if len(units) == 1 else _copied  # the second unit's place may be the first one's
+        return func(*tree_map_only(ColdTensor, fetch, args), **tree_map_only(ColdTensor, fetch, kwargs))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickled or copied, it is its weight."""
-        reduce: Any = _fetched(self).clone().__reduce_ex__
+        reduce: Any = _copied(self).__reduce_ex__
         return reduce(protocol)
 
     def __deepcopy__(self, memo: Any) -> torch.Tensor:
         """A copy is a weight of its own."""
-        copied = _fetched(self).clone()
-        return torch.nn.Parameter(copied, requires_grad=False) if isinstance(self, torch.nn.Parameter) else copied
+        return _copied(self)
 
 
 def _fetched(cold: ColdTensor) -> torch.Tensor:
     return cold.fetch()
+
+
+def _copied(cold: ColdTensor) -> torch.Tensor:
+    copied = cold.fetch().detach().clone()
+    return torch.nn.Parameter(copied, requires_grad=False) if isinstance(cold, torch.nn.Parameter) else copied
 
 
 def _writes(func: Any) -> bool:

@@ -74,9 +74,9 @@ class CudaTransfer:
         """Order the copies behind all that the compute stream was given so far."""
         free = self._api.Event()
         free.record(self._api.current_stream(self._device))
-        self._copies.wait_event(free)
         ready = self._api.Event(enable_timing=True)
         if isinstance(source, StoredSource):
+            self._copies.wait_event(free)
             begun = self._api.Event(enable_timing=True)
             begun.record(self._copies)
             self._copy(source.memory, begin)
@@ -85,7 +85,7 @@ class CudaTransfer:
                 self._timed.append((begun, ready))
                 del self._timed[:-10_000]
             return Ticket(name, (None, ready))
-        return Ticket(name, (self._pool.submit(self._read, name, source.parts, begin, ready), ready))
+        return Ticket(name, (self._pool.submit(self._read, name, source.parts, begin, (free, ready)), ready))
 
     def wait(self, ticket: Ticket) -> None:
         """Let the compute stream wait; the host waits only for reads that are late."""
@@ -113,25 +113,33 @@ class CudaTransfer:
         with self._lock:
             self.moved_bytes += memory.numel()
 
-    def _read(self, name: str, parts: Sequence[Part], begin: int, ready: Any) -> None:
-        """Runs on the reader's thread: fill chunks and send them off, the next while the last one is copied."""
+    def _read(self, name: str, parts: Sequence[Part], begin: int, events: tuple[Any, Any]) -> None:
+        """Runs on the reader's thread: fill chunks and send them off, the next while the last one is copied.
+
+        The wait for the place to be free is given to the stream here: copies of earlier fills, which may still be
+        read, shall not stand behind it.
+        """
+        free, ready = events
         if self._chunks is None:
             self._chunks = queue.SimpleQueue()
             for _ in range(_NUM_CHUNKS):
                 self._chunks.put((self._make_memory(_CHUNK_BYTES), None))
+        self._copies.wait_event(free)
         for group in _groups(parts):
             begun_s = time.perf_counter()
-            chunk, copied = self._chunks.get()
-            if copied is not None:
-                copied.synchronize()
             first, last = group[0].position, group[-1].position + group[-1].num_bytes
-            for part in group:
-                at = part.position - first
-                part.write(chunk.view[at : at + part.num_bytes])
-            self._copy(chunk.tensor[: last - first], begin + first)
-            copied = self._api.Event()
-            copied.record(self._copies)
-            self._chunks.put((chunk, copied))
+            chunk, copied = self._chunks.get()
+            try:
+                if copied is not None:
+                    copied.synchronize()
+                for part in group:
+                    at = part.position - first
+                    part.write(chunk.view[at : at + part.num_bytes])
+                self._copy(chunk.tensor[: last - first], begin + first)
+                copied = self._api.Event()
+                copied.record(self._copies)
+            finally:
+                self._chunks.put((chunk, copied))
             self._note(name, begun_s, last - first)
         ready.record(self._copies)
 

@@ -73,11 +73,11 @@ def _replace(owner: Any, name: str, make: Callable[[Any, str], Callable[..., Any
 
 
 def _refusal(owner: Any, name: str) -> Callable[..., Any]:
+    own = getattr(owner, name)
+
     def refuse(*args: Any, **kwargs: Any) -> Any:
-        if name == "train" and (args == (False,) or kwargs == {"mode": False}):
-            return owner  # what `eval` calls
-        if name == "requires_grad_" and (args == (False,) or kwargs == {"requires_grad": False}):
-            return owner
+        if name in ("train", "requires_grad_") and (args == (False,) or [*kwargs.values()] == [False]):
+            return own(*args, **kwargs)  # what `eval` calls, and what changes nothing
         raise ConfigError(
             f"{type(owner).__name__}.{name} would change or move weights that penstock has placed. Call remove() on "
             "what penstock.apply returned (or load with offload='none'), then do this, then apply again."
@@ -88,9 +88,10 @@ def _refusal(owner: Any, name: str) -> Callable[..., Any]:
 
 def _move(owner: Any, name: str, *, device: torch.device) -> Callable[..., Any]:
     def move(*args: Any, **kwargs: Any) -> Any:
-        wanted = {"cuda": torch.device("cuda", *(args or (0,))), "cpu": torch.device("cpu")}.get(name)
-        if name == "to" and not _changes_dtype(owner, args, kwargs):
-            wanted = next((d for d in (_device(value) for value in (*args, *kwargs.values())) if d), device)
+        named = {"to": device, "cuda": torch.device("cuda"), "cpu": torch.device("cpu")}.get(name)
+        wanted = next((given for given in map(_device, (*args, *kwargs.values())) if given), named)
+        if _changes_dtype(owner, args, kwargs):
+            wanted = None
         if wanted is not None and _is_same(wanted, device):
             return owner
         raise ConfigError(
@@ -102,14 +103,25 @@ def _move(owner: Any, name: str, *, device: torch.device) -> Callable[..., Any]:
 
 
 def _changes_dtype(owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    dtypes = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.dtype)]
-    return any(dtype != getattr(owner, "dtype", dtype) for dtype in dtypes)
+    given = [value.dtype if isinstance(value, torch.Tensor) else value for value in (*args, *kwargs.values())]
+    return any(dtype not in _dtypes(owner, dtype) for dtype in given if isinstance(dtype, torch.dtype))
+
+
+def _dtypes(owner: Any, default: torch.dtype) -> set[torch.dtype]:
+    """The dtype an owner says it has; for a module that says nothing the one of its floating weights, if it is one."""
+    if hasattr(owner, "dtype"):
+        return {owner.dtype}
+    parameters = owner.parameters() if isinstance(owner, nn.Module) else ()
+    found = {parameter.dtype for parameter in parameters if parameter.is_floating_point()} or {default}
+    return found if len(found) == 1 else set()
 
 
 def _device(value: Any) -> torch.device | None:
-    if isinstance(value, torch.device):
-        return value
-    return torch.device(value) if isinstance(value, str) else None
+    if isinstance(value, torch.Tensor):
+        return value.device
+    if isinstance(value, int) and not isinstance(value, bool):
+        return torch.device("cuda", value)
+    return torch.device(value) if isinstance(value, (str, torch.device)) else None
 
 
 def _is_same(wanted: torch.device, device: torch.device) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -34,52 +35,59 @@ class PromptCache:
     def __init__(self, pipeline: Any, max_bytes: int) -> None:
         self._pipeline = pipeline
         self._max_bytes = max_bytes
-        self._kept: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
+        self._kept: OrderedDict[tuple[Any, ...], tuple[list[Any], Any]] = OrderedDict()  # key -> owners, result
         self._encode: Callable[..., Any] | None = None
+        self._own: Callable[..., Any] | None = None
         self.num_hits = 0
         self.num_bytes = 0
 
     def install(self) -> None:
         """Wrap the pipeline's method, where it has one."""
         if self._max_bytes and callable(getattr(self._pipeline, _METHOD, None)):
+            self._own = vars(self._pipeline).get(_METHOD)
             self._encode = getattr(self._pipeline, _METHOD)
-            setattr(self._pipeline, _METHOD, self._answer)
+            setattr(self._pipeline, _METHOD, wraps(self._encode)(partial(PromptCache._answer, self)))
 
     def remove(self) -> None:
         """Give the method back and forget all results."""
         if self._encode is not None:
             vars(self._pipeline).pop(_METHOD, None)
+            if self._own is not None:
+                setattr(self._pipeline, _METHOD, self._own)
             self._encode = None
         self._kept.clear()
         self.num_bytes = 0
 
     def _answer(self, *args: Any, **kwargs: Any) -> Any:
         assert self._encode is not None
-        key = self._key(args, kwargs)
+        owners = [value for value in vars(self._pipeline).values() if hasattr(value, "__dict__")]
+        key = self._key(owners, args, kwargs)
         if key is not None and key in self._kept:
             self._kept.move_to_end(key)
             self.num_hits += 1
-            return _copied(self._kept[key])
+            return _copied(self._kept[key][1])
         result = self._encode(*args, **kwargs)
         if key is not None:
-            self._keep(key, result)
+            self._keep(key, owners, result)
         return result
 
-    def _keep(self, key: tuple[Any, ...], result: Any) -> None:
+    def _keep(self, key: tuple[Any, ...], owners: list[Any], result: Any) -> None:
         num_bytes = _num_bytes(result)
         if num_bytes > self._max_bytes:
             return
-        self._kept[key] = _copied(result)
+        self._kept[key] = owners, _copied(result)  # an id is the owner's as long as it lives
         self.num_bytes += num_bytes
         while self.num_bytes > self._max_bytes:
-            _, oldest = self._kept.popitem(last=False)
+            _, (_, oldest) = self._kept.popitem(last=False)
             self.num_bytes -= _num_bytes(oldest)
 
-    def _key(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
-        owners = [value for value in vars(self._pipeline).values() if hasattr(value, "__dict__")]
+    def _key(self, owners: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
         if any(getattr(owner, "peft_config", None) for owner in owners if isinstance(owner, nn.Module)):
             return None
-        words = [_word(value) for value in (*args, *(item for pair in sorted(kwargs.items()) for item in pair))]
+        guidance = vars(self._pipeline).get("_guidance_scale")  # some ask it whether they need a negative prompt
+        words = [
+            _word(value) for value in (guidance, *args, *(item for pair in sorted(kwargs.items()) for item in pair))
+        ]
         if any(word is None for word in words):
             return None
         return (*map(id, owners), torch.is_inference_mode_enabled(), *words)
@@ -92,7 +100,8 @@ def _word(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return ("tensor", value.dtype, tuple(value.shape), _digest(value.detach().cpu().contiguous()))
     if isinstance(value, Image.Image):
-        return ("image", value.mode, value.size, hashlib.blake2b(value.tobytes()).digest())
+        palette = tuple(value.getpalette() or ())
+        return ("image", value.mode, value.size, palette, hashlib.blake2b(value.tobytes()).digest())
     if isinstance(value, (list, tuple)):
         words = tuple(_word(item) for item in value)
         return None if any(word is None for word in words) else (type(value).__name__, *words)

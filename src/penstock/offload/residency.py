@@ -10,6 +10,7 @@ are stand-ins that fetch it. Nothing is copied back: weights do not change.
 from __future__ import annotations
 
 import enum
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -121,7 +122,7 @@ class Residency:
         device = self.arena.tensor.device
         for tenant in self.tenants:
             tenant.cold = [
-                ColdTensor.of(weight.original, device, weight.dtype, partial(self.fetch, tenant, number))
+                ColdTensor.of(weight.original, device, weight.dtype, partial(self.fetch, tenant, number), tenant)
                 for number, weight in enumerate(tenant.unit.weights)
             ]
             for weight, cold in zip(tenant.unit.weights, tenant.cold, strict=True):
@@ -135,6 +136,7 @@ class Residency:
                     self._transfer.cancel(tenant.ticket)
                     tenant.ticket = None
                 for weight, cold, live in zip(tenant.unit.weights, tenant.cold, tenant.live, strict=True):
+                    cold.fetch = partial(weight.original.to, weight.dtype)  # for those who hold on to it
                     current = weight.table.get(weight.key)
                     if current is cold or current is live:
                         weight.table[weight.key] = weight.original
@@ -155,25 +157,27 @@ class Residency:
         with self._lock:
             for rival in tenant.rivals:
                 if rival.state is State.IN_USE:
-                    if is_demanded:
+                    if is_demanded and _is_running(rival.unit.module):
                         raise GenerationError(
                             f"{tenant.name} runs inside {rival.name}, and both have the same place on the device. "
                             "Give a larger max_weight_memory, or --offload sequential."
                         )
-                    return False
+                    if not is_demanded:
+                        return False
                 if rival.state is State.FILLING and not is_demanded:
                     return False
             for rival in tenant.rivals:
                 self.give_up(rival)
             tenant.source.check()
+            begun_s = time.perf_counter()
+            tenant.ticket = self._transfer.submit(tenant.name, tenant.source, tenant.plan.begin)
             tenant.state = State.FILLING
             self.num_fills += 1
             self.num_demanded += is_demanded
             self._held_bytes += tenant.plan.num_bytes
             self.peak_bytes = max(self.peak_bytes, self._held_bytes)
             if self._timeline is not None:
-                self._timeline.entered(tenant.name, tenant.plan.num_bytes, time.perf_counter())
-            tenant.ticket = self._transfer.submit(tenant.name, tenant.source, tenant.plan.begin)
+                self._timeline.entered(tenant.name, tenant.plan.num_bytes, begun_s)
             return True
 
     def ready(self, tenant: Tenant) -> None:
@@ -193,16 +197,16 @@ class Residency:
             begun_s = time.perf_counter()
             try:
                 self._transfer.wait(tenant.ticket)
+                ended_s = time.perf_counter()
+                if self._proof is not None:
+                    self._proof.verify(tenant.name, tenant.unit.pieces, tenant.layout, tenant.plan.begin)
             except BaseException as error:
                 if not isinstance(error, KeyboardInterrupt):
                     self.give_up(tenant)
                 raise
-            ended_s = time.perf_counter()
             self.exposed_wait_s += ended_s - begun_s
             if self._timeline is not None:
                 self._timeline.add("wait", tenant.name, begun_s, ended_s)
-            if self._proof is not None:
-                self._proof.verify(tenant.name, tenant.unit.pieces, tenant.layout, tenant.plan.begin)
             tenant.ticket = None
             tenant.state = State.READY
             tenant.bind(is_live=True)
@@ -236,3 +240,16 @@ class Residency:
             self.arena.poison(tenant.plan.begin, tenant.plan.num_bytes)
         if self._timeline is not None:
             self._timeline.left(tenant.name, time.perf_counter())
+
+
+def _is_running(module: torch.nn.Module) -> bool:
+    """Whether this thread is inside a module's call.
+
+    torch runs no hook after a forward that Ctrl-C ended: its unit stays marked as in use, and nobody uses it.
+    """
+    frame = sys._getframe()
+    while frame.f_back is not None:
+        frame = frame.f_back
+        if frame.f_locals.get("self") is module:
+            return True
+    return False

@@ -25,7 +25,7 @@ class Stage:
 
     Args:
         module: the component.
-        tenants: its units, in their supposed order.
+        tenants: its units, in their supposed order, and the one that it shares with other components.
         residency: moves them.
         prefetch: streamed blocks on their way beside the one that runs.
         clock: says when the last call of a denoiser is; None for a component that runs once.
@@ -65,7 +65,8 @@ class Stage:
 
     def install(self) -> None:
         """Set the hooks."""
-        self._hook(self._module, self._begin, self._end)
+        for module in _entries(self._module):
+            self._hook(module, self._begin, self._end)
         for tenant in self._tenants:
             if not tenant.unit.is_block:
                 continue
@@ -94,8 +95,9 @@ class Stage:
         for tenant in self._tenants:
             if tenant.state is State.COLD and (tenant.plan.slot is None or tenant in due):
                 self._residency.enter(tenant)
-        if self._tenants[0].unit.module is self._module:
-            self._residency.ready(self._tenants[0])  # what lies outside of blocks is needed first
+        for tenant in self._tenants:
+            if not tenant.unit.is_block:
+                self._residency.ready(tenant)  # what lies outside of blocks is needed first
         self._begun_s = time.perf_counter()
 
     def _end(self, *_: Any) -> None:
@@ -140,3 +142,9 @@ class Stage:
     def _note(self, tenant: Tenant) -> None:
         if self._timeline is not None:
             self._timeline.add("compute", tenant.name, self._begun_s, time.perf_counter())
+
+
+def _entries(module: nn.Module) -> list[nn.Module]:
+    """Where a component is entered: its forward, and the halves of a VAE, whose methods do not go through it."""
+    halves = [getattr(module, name, None) for name in ("encoder", "decoder")] if hasattr(module, "decode") else []
+    return [module, *(half for half in halves if isinstance(half, nn.Module))]

@@ -47,11 +47,14 @@ class _Show:
         self._shown = shown
 
     def __call__(self, module: nn.Module, prefix: str, keep_vars: bool) -> None:
+        casts: dict[int, torch.Tensor] = {}  # tied weights stay tied
         for weight in self._weights:
             self._shown.append((weight, weight.table.get(weight.key)))
             stored = weight.original
             if stored.dtype != weight.dtype:
-                stored = nn.Parameter(stored.detach().to(weight.dtype), requires_grad=False)
+                if id(stored) not in casts:
+                    casts[id(stored)] = nn.Parameter(stored.detach().to(weight.dtype), requires_grad=False)
+                stored = casts[id(stored)]
             weight.table[weight.key] = stored
 
 

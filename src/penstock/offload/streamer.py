@@ -6,6 +6,7 @@ Owns what `install` does and `remove` undoes. Does not know how a plan is found.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,7 +84,7 @@ class Streamer:
         tenants = self._tenants(partition, device, settings.in_host_store)
         self.residency = Residency(tenants, self.arena, self.transfer, proof, timeline)
         self._stages = self._make_stages({id(tenant.unit): tenant for tenant in tenants})
-        self._undo: list[Callable[[], None]] = []
+        self._undo = ExitStack()
 
     def _tenants(self, partition: Partition, device: torch.device, in_host_store: bool) -> list[Tenant]:
         plans = {unit.name: unit for unit in self.plan.units}
@@ -105,10 +106,15 @@ class Streamer:
         stages = {}
         for part in self._partition.components:
             clock = StepClock(self._pipeline) if part.role == "denoiser" else None
-            units = [tenants[id(unit)] for unit in part.units]
+            units = [tenants[id(unit)] for unit in (*part.units, *self._shared_with(part.name))]
             if units:
                 stages[part.name] = Stage(part.module, units, self.residency, self.plan.prefetch, clock, self.timeline)
         return stages
+
+    def _shared_with(self, component: str) -> list[Unit]:
+        shared = self._partition.shared
+        is_used = shared is not None and any(weight.name.startswith(f"{component}.") for weight in shared.weights)
+        return [shared] if shared is not None and is_used else []
 
     def measured(self, component: str) -> tuple[float, float] | None:
         """Seconds that a block of a component computes, and that one fills, on average; None before it ran."""
@@ -124,25 +130,26 @@ class Streamer:
         return self.residency.tenants
 
     def install(self) -> None:
-        """Put stand-ins, hooks and guards in place; no weights move yet."""
-        self._undo.append(self.transfer.close)
-        self._undo.append(self.reader.close)
-        if self.store is not None:
-            self._undo.append(self.store.close)
-        self._undo.append(self.residency.remove)
-        self.residency.install()
-        self._undo.append(_move_fixed(self._partition, self.arena.tensor.device))
-        for stage in self._stages.values():
-            self._undo.append(stage.remove)
-            stage.install()
-        modules = [part.module for part in self._partition.components]
-        self._undo.append(whole_states(self._partition))
-        self._undo.append(guard(self._pipeline, modules, self.arena.tensor.device))
+        """Put stand-ins, hooks and guards in place, all or none of them; no weights move yet."""
+        with ExitStack() as undo:
+            undo.callback(self.transfer.close)
+            undo.callback(self.reader.close)
+            if self.store is not None:
+                undo.callback(self.store.close)
+            undo.callback(self.residency.remove)
+            self.residency.install()
+            undo.callback(_move_fixed(self._partition, self.arena.tensor.device))
+            for stage in self._stages.values():
+                undo.callback(stage.remove)
+                stage.install()
+            modules = [part.module for part in self._partition.components]
+            undo.callback(whole_states(self._partition))
+            undo.callback(guard(self._pipeline, modules, self.arena.tensor.device))
+            self._undo = undo.pop_all()
 
     def remove(self) -> None:
         """Undo `install`, in the opposite order; the pipeline is as it was."""
-        while self._undo:
-            self._undo.pop()()
+        self._undo.close()
 
 
 def _transfer(arena: Arena, timeline: Timeline | None) -> Transfer:

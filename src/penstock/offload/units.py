@@ -222,6 +222,8 @@ def _odd_kind(tensor: torch.Tensor) -> str | None:
         return str(tensor.layout).removeprefix("torch.")
     if tensor.device.type not in ("cpu", "meta"):
         return f"already on {tensor.device}"
+    if tensor.is_conj() or tensor.is_neg():
+        return "a conjugate or negative that was never computed"
     return "quantised" if tensor.is_quantized else None
 
 

@@ -118,8 +118,7 @@ def solve(demands: Demands, budget_bytes: int | None, prefetch: int) -> Plan:
     units = []
     cursor = used
     for name, size in demands.permanent:
-        component = name if any(demand.name == name for demand in demands.components) else ""
-        units.append(UnitPlan(name=name, component=component, num_bytes=size, begin=cursor, residency="resident"))
+        units.append(UnitPlan(name=name, component=name, num_bytes=size, begin=cursor, residency="resident"))
         cursor += size
     for number, fit in enumerate(fits):
         others = [span for other, span in enumerate(ranges) if other != number]
@@ -149,8 +148,7 @@ def spread(count: int, total: int) -> frozenset[int]:
 
 def _least(demand: Demand, prefetch: int) -> int:
     slots = min(prefetch + 1, len(demand.blocks))
-    largest = max((size for _, size in demand.blocks), default=0)
-    return min(demand.rest_bytes + slots * largest, demand.num_bytes)
+    return min(_layout(demand, frozenset(), slots).num_bytes, demand.num_bytes)
 
 
 def _fit(demand: Demand, capacity: int, prefetch: int) -> _Fit:
@@ -238,20 +236,15 @@ def _component_plan(fit: _Fit) -> ComponentPlan:
 
 
 def _too_small(demands: Demands, budget: int, least: int, prefetch: int) -> str:
-    worst = max(demands.components, key=lambda demand: _least(demand, prefetch))
     base = demands.fixed_bytes + demands.permanent_bytes
     parts = [f"{format_bytes(base)} that always stay"] if base else []
-    slots = min(prefetch + 1, len(worst.blocks))
-    if worst.blocks and _least(worst, prefetch) < worst.num_bytes:
-        name, largest = max(worst.blocks, key=lambda block: block[1])
-        parts.append(f"{format_bytes(worst.rest_bytes)} of {worst.name} outside its blocks")
-        parts.append(f"{slots} slots of {format_bytes(largest)} for its largest block, {name}")
-    else:
-        parts.append(f"{format_bytes(worst.num_bytes)} of {worst.name} as a whole")
+    worst = max(demands.components, key=lambda demand: _least(demand, prefetch), default=None)
+    if worst is not None:
+        parts.extend(_least_parts(worst, prefetch))
     advice = [f"--max-weight-memory {least}, or 'least'"]
     if demands.offload == "sequential":
         advice.append("--offload layerwise")
-    elif prefetch and worst.blocks:
+    elif prefetch:
         fewer = least_bytes(demands, 0)
         if fewer < least:
             advice.append(f"--prefetch 0 with --max-weight-memory {fewer} or more")
@@ -259,6 +252,20 @@ def _too_small(demands: Demands, budget: int, least: int, prefetch: int) -> str:
         f"max_weight_memory={budget} bytes ({format_bytes(budget)}) is below the least that works, {least} bytes "
         f"({format_bytes(least)}) = {' + '.join(parts)}. Try {' or '.join(advice)}."
     )
+
+
+def _least_parts(worst: Demand, prefetch: int) -> list[str]:
+    """What the least of a component is made of, in words."""
+    least = _least(worst, prefetch)
+    if least == worst.num_bytes:
+        return [f"{format_bytes(least)} of {worst.name} as a whole"]
+    name, largest = max(worst.blocks, key=lambda block: block[1])
+    slots = min(prefetch + 1, len(worst.blocks))
+    return [
+        f"{format_bytes(worst.rest_bytes)} of {worst.name} outside its blocks",
+        f"{format_bytes(least - worst.rest_bytes)} in {slots} {'slot' if slots == 1 else 'slots'} for its blocks, "
+        f"of which the largest, {name}, has {format_bytes(largest)}",
+    ]
 
 
 def budget_for(demands: Demands, name: str, num_resident: int, prefetch: int) -> int:

@@ -11,7 +11,9 @@ count as memory.
 from __future__ import annotations
 
 import bisect
+import mmap
 import os
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,9 +23,8 @@ import torch
 
 from penstock.errors import WeightsError
 from penstock.weights.index import ITEM_BYTES, TensorRecord, read_header
-from penstock.weights.ranges import PAGE_BYTES, FileRange
+from penstock.weights.ranges import FileRange
 
-_SUFFIX = ".safetensors"
 _ENTRY_BYTES = 8  # of one page in pagemap
 _SWAPPED, _OF_FILE = 1 << 62, 1 << 61
 
@@ -38,7 +39,10 @@ class _Region:
 
 
 class MappedFiles:
-    """The safetensors files that are mapped into this process at the moment of construction."""
+    """The files that are mapped into this process at the moment of construction.
+
+    Which of them are safetensors files tells their header, not their name: in the hub's cache the name is a hash.
+    """
 
     def __init__(self) -> None:
         self._regions = sorted(_regions(), key=lambda region: region.begin)
@@ -71,7 +75,7 @@ class MappedFiles:
         if file not in self._records:
             try:
                 self._records[file] = {record.offset: record for record in read_header(file) if record.num_bytes}
-            except (WeightsError, OSError):  # replaced since it was mapped: what is in memory counts
+            except (WeightsError, OSError):  # another kind of file, or replaced since: what is in memory counts
                 self._records[file] = {}
         records = self._records[file]
         if offset in records:
@@ -81,7 +85,7 @@ class MappedFiles:
 
 
 def _regions() -> Iterator[_Region]:
-    """The regions of smaps that map a safetensors file which is still the one on disk."""
+    """The regions of smaps that map a file which is still the one on disk."""
     smaps = Path("/proc/self/smaps")
     if not smaps.exists():
         return
@@ -90,7 +94,7 @@ def _regions() -> Iterator[_Region]:
         words = line.split(maxsplit=5)
         if "-" in words[0] and not words[0].endswith(":"):
             fields = words
-        elif words[0] == "Anonymous:" and len(fields) == 6 and fields[5].endswith(_SUFFIX):
+        elif words[0] == "Anonymous:" and len(fields) == 6 and fields[5].startswith("/"):
             begin, end = (int(part, 16) for part in fields[0].split("-"))
             file = Path(fields[5])
             if _inode(file) == int(fields[4]):
@@ -99,14 +103,15 @@ def _regions() -> Iterator[_Region]:
 
 def _inode(file: Path) -> int | None:
     try:
-        return file.stat().st_ino
+        state = file.stat()
     except OSError:
         return None
+    return state.st_ino if stat.S_ISREG(state.st_mode) else None
 
 
 def _has_private_page(address: int, num_bytes: int) -> bool:
     """Whether a page of a private mapping was written to, and so no longer is the file's."""
-    first, last = address // PAGE_BYTES, (address + num_bytes - 1) // PAGE_BYTES
+    first, last = address // mmap.PAGESIZE, (address + num_bytes - 1) // mmap.PAGESIZE
     with open("/proc/self/pagemap", "rb") as stream:
         stream.seek(first * _ENTRY_BYTES)
         raw = stream.read((last - first + 1) * _ENTRY_BYTES)
@@ -118,8 +123,11 @@ def _has_private_page(address: int, num_bytes: int) -> bool:
     return False
 
 
-def file_identity(file: Path) -> tuple[int, int, int]:
+def file_identity(file: Path | int) -> tuple[int, int, int]:
     """What tells that a file is still the same: inode, bytes, time of the last change in nanoseconds.
+
+    Args:
+        file: its path, or an open descriptor.
 
     Raises:
         OSError: where it has gone.

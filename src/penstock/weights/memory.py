@@ -16,7 +16,7 @@ from penstock.errors import ModelError
 from penstock.weights.ranges import PAGE_BYTES, align
 
 POISON = 0xFF
-"""A byte that makes NaN of every float dtype."""
+"""A byte that makes NaN of every float dtype that checkpoints hold."""
 
 
 class HostMemory:

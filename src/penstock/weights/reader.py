@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
+from dataclasses import dataclass
 from pathlib import Path
 
 from penstock.errors import WeightsError
@@ -18,7 +19,15 @@ from penstock.weights.maps import file_identity
 from penstock.weights.ranges import PAGE_BYTES, FileRange
 
 _DIRECT: int = getattr(os, "O_DIRECT", 0)
-_UNSUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.EPERM)
+
+
+@dataclass(frozen=True)
+class _Open:
+    """Descriptors of a file; `direct` is None where it is only read in the usual way."""
+
+    buffered: int
+    direct: int | None
+    identity: tuple[int, int, int]
 
 
 class FileReader:
@@ -34,8 +43,7 @@ class FileReader:
     def __init__(self, is_direct: bool = False) -> None:
         self._is_direct = is_direct and _DIRECT != 0
         self._lock = threading.Lock()
-        self._files: dict[Path, tuple[int, bool, tuple[int, int, int]]] = {}
-        self._buffered_files: dict[Path, int] = {}  # for what cannot be read directly of files opened so
+        self._files: dict[Path, _Open] = {}
         self.read_bytes = 0
 
     def open(self, file: Path) -> None:
@@ -48,17 +56,18 @@ class FileReader:
             if file in self._files:
                 return
             try:
-                identity = file_identity(file)
-                if self._is_direct:
-                    try:
-                        self._files[file] = (os.open(file, os.O_RDONLY | _DIRECT), True, identity)
-                        return
-                    except OSError as error:
-                        if error.errno not in _UNSUPPORTED:
-                            raise
-                self._files[file] = (os.open(file, os.O_RDONLY), False, identity)
+                buffered = os.open(file, os.O_RDONLY)
             except OSError as error:
                 raise WeightsError(f"{file}: cannot be read: {error.strerror}. {REDO}") from error
+            self._files[file] = _Open(buffered, self._open_direct(file), file_identity(buffered))
+
+    def _open_direct(self, file: Path) -> int | None:
+        if not self._is_direct:
+            return None
+        try:
+            return os.open(file, os.O_RDONLY | _DIRECT)
+        except OSError:  # a file system without direct reads
+            return None
 
     def check(self, file: Path) -> None:
         """Refuse a file that is not the one that was opened.
@@ -67,7 +76,7 @@ class FileReader:
             WeightsError: where it has vanished or changed since.
         """
         self.open(file)
-        identity = self._files[file][2]
+        identity = self._files[file].identity
         try:
             now = file_identity(file)
         except OSError as error:
@@ -96,41 +105,38 @@ class FileReader:
             WeightsError: for a file that ends too soon, or cannot be read.
         """
         self.open(place.file)
-        descriptor, is_direct, _ = self._files[place.file]
+        file = self._files[place.file]
         before, after = margin
         offset, needed = place.offset - before, before + place.num_bytes
         length = needed + after
-        if not is_direct or offset % PAGE_BYTES or length % PAGE_BYTES:
-            if is_direct:
-                descriptor = self._buffered(place.file)
+        descriptor = file.buffered
+        if file.direct is not None and offset % PAGE_BYTES == 0 and length % PAGE_BYTES == 0:
+            descriptor = file.direct
+        else:
             offset, needed, length, target = place.offset, place.num_bytes, place.num_bytes, target[before:]
         done = 0
-        try:
-            while done < needed:
+        while done < needed:
+            try:
                 got = os.preadv(descriptor, [target[done:length]], offset + done)
-                if got == 0:
-                    raise WeightsError(
-                        f"{place.file}: ends at byte {offset + done}, {needed - done} bytes too soon. {REDO}"
-                    )
-                done += got
-                if done < needed and is_direct and done % PAGE_BYTES:
-                    descriptor = self._buffered(place.file)  # a short direct read leaves an odd rest
-        except OSError as error:
-            raise WeightsError(f"{place.file}: cannot be read: {error.strerror}. {REDO}") from error
+            except OSError as error:
+                if descriptor == file.direct and error.errno == errno.EINVAL:
+                    descriptor = file.buffered  # the target's address, or the rest of a short read, is no multiple
+                    continue
+                raise WeightsError(f"{place.file}: cannot be read: {error.strerror}. {REDO}") from error
+            if got == 0:
+                raise WeightsError(
+                    f"{place.file}: ends at byte {offset + done}, {needed - done} bytes too soon. {REDO}"
+                )
+            done += got
         with self._lock:
             self.read_bytes += done
         return done
 
-    def _buffered(self, file: Path) -> int:
-        with self._lock:
-            if file not in self._buffered_files:
-                self._buffered_files[file] = os.open(file, os.O_RDONLY)
-            return self._buffered_files[file]
-
     def close(self) -> None:
         """Close all files."""
         with self._lock:
-            for descriptor in (*(entry[0] for entry in self._files.values()), *self._buffered_files.values()):
-                os.close(descriptor)
+            for file in self._files.values():
+                os.close(file.buffered)
+                if file.direct is not None:
+                    os.close(file.direct)
             self._files.clear()
-            self._buffered_files.clear()

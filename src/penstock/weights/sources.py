@@ -67,6 +67,8 @@ class FileSource:
     def __init__(self, pieces: Sequence[Piece], layout: Layout, reader: FileReader) -> None:
         self._reader = reader
         self._files = {piece.range.file for piece in pieces if isinstance(piece.range, FileRange)}
+        for file in self._files:
+            reader.open(file)  # from here on, another file in its place is noticed
         parts = [part for run in layout.runs for part in _range_parts(run.range, run.position, reader, in_pages=True)]
         in_runs = bool(layout.runs)
         for piece, position in zip(pieces, layout.positions, strict=True):
@@ -144,12 +146,17 @@ def _read(reader: FileReader, place: FileRange, margin: tuple[int, int], memory:
 
 
 def _cast_parts(place: FileRange, cast: Cast, position: int, reader: FileReader) -> Iterator[Part]:
-    step = PART_BYTES // cast.stored.itemsize * cast.stored.itemsize
+    step = _step(cast)
     for begin in range(0, place.num_bytes, step):
         part = FileRange(place.file, place.offset + begin, min(step, place.num_bytes - begin))
         begins_at = position + begin // cast.stored.itemsize * cast.wanted.itemsize
         num_bytes = part.num_bytes // cast.stored.itemsize * cast.wanted.itemsize
         yield Part(begins_at, num_bytes, partial(_read_cast, reader, part, cast))
+
+
+def _step(cast: Cast) -> int:
+    """How many stored bytes make one part: neither they nor what becomes of them is more than a part may have."""
+    return PART_BYTES // max(cast.stored.itemsize, cast.wanted.itemsize) * cast.stored.itemsize
 
 
 def _read_cast(reader: FileReader, place: FileRange, cast: Cast, memory: memoryview) -> None:
@@ -160,8 +167,9 @@ def _read_cast(reader: FileReader, place: FileRange, cast: Cast, memory: memoryv
 
 def _memory_parts(memory: torch.Tensor, cast: Cast | None, position: int) -> Iterator[Part]:
     ratio = (1, 1) if cast is None else (cast.wanted.itemsize, cast.stored.itemsize)
-    for begin in range(0, memory.numel(), PART_BYTES):
-        stored = memory[begin : begin + PART_BYTES]
+    step = PART_BYTES if cast is None else _step(cast)
+    for begin in range(0, memory.numel(), step):
+        stored = memory[begin : begin + step]
         begins_at = position + begin * ratio[0] // ratio[1]
         num_bytes = stored.numel() * ratio[0] // ratio[1]
         yield Part(begins_at, num_bytes, partial(_copy, stored, cast))
