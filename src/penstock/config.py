@@ -31,7 +31,7 @@ LEAST = "least"
 MAX_PREFETCH = 64
 
 _SPELLINGS = {"enable_cpu_offload": "sequential", "enable_layerwise_offload": "layerwise"}
-_DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
+_DEVICE = re.compile(r"auto|cpu(:0)?|mps(:0)?|cuda(:\d+)?")
 
 
 def option(default: Any, help_text: str, metavar: str | None = None) -> Any:
@@ -82,7 +82,7 @@ class OffloadConfig:
         None, "Most bytes of weights on the device, such as 4GiB, or least; left out: what fits, or the least.", "BYTES"
     )
     prefetch: int | None = option(None, "Blocks on their way ahead of the one that runs; 1 where left out.", "N")
-    prompt_cache: str = option("64MiB", "Encoded prompts to keep, so that repeated ones need no encoder.", "BYTES")
+    prompt_cache: str = option("0", "Encoded prompts to keep, so that repeated ones need no encoder.", "BYTES")
     check: bool = option(False, "Hash every fill against its file and poison what is given up; slow.")
     enable_cpu_offload: bool = option(False, "The same as --offload sequential.")
     enable_layerwise_offload: bool = option(False, "The same as --offload layerwise.")
@@ -105,6 +105,9 @@ class OffloadConfig:
         self._check_combination()
 
     def _check_combination(self) -> None:
+        for name in ("check", "enable_cpu_offload", "enable_layerwise_offload"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name}={getattr(self, name)!r} is neither True nor False. Give one of them.")
         if self.offload == "none":
             for name in ("max_weight_memory", "prefetch", "check"):
                 if getattr(self, name):

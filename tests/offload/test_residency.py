@@ -46,8 +46,8 @@ def test_a_unit_goes_through_its_states() -> None:
     residency.release(unit)
     residency.release(unit)
     assert unit.state is READY
-    residency.give_up(unit)
-    residency.give_up(unit)
+    residency._give_up(unit)
+    residency._give_up(unit)
     assert unit.state is COLD and isinstance(weight(unit), ColdTensor)
     assert transfer.log == ["submit 0", "wait 0"]
     assert (residency.num_fills, residency.num_demanded) == (1, 0)
@@ -93,6 +93,13 @@ def test_asking_ahead_disturbs_neither_use_nor_a_fill_and_demand_ends_the_fill()
     assert transfer.log[-3:] == ["cancel 2", "submit 3", "wait 3"]
 
 
+def test_fill_that_nobody_used_makes_room_once_it_is_done() -> None:
+    residency, transfer, (unused, late) = residency_of([0, 0])
+    residency.enter(unused)
+    transfer.done = True
+    assert residency.enter(late) and (unused.state, late.state) == (COLD, FILLING)
+
+
 def test_a_unit_demanded_under_a_running_rival_is_refused() -> None:
     residency, _, (outer, inner) = residency_of([0, 0])
     outer.unit.module.forward = lambda: residency.ready(inner)
@@ -135,14 +142,14 @@ def test_a_changed_file_is_told_before_anything_is_filled() -> None:
     assert value(unit) == 0
 
 
-def test_an_interrupted_wait_leaves_the_fill_going_on() -> None:
+def test_after_an_interrupt_everything_is_given_up_and_filled_anew() -> None:
     residency, transfer, (unit,) = residency_of([0])
     transfer.errors = [KeyboardInterrupt()]
     with pytest.raises(KeyboardInterrupt):
         residency.ready(unit)
-    assert unit.state is FILLING
+    assert unit.state is COLD
     assert value(unit) == 0
-    assert transfer.log == ["submit 0", "wait 0", "wait 0"]
+    assert transfer.log == ["submit 0", "wait 0", "cancel 0", "drain", "submit 0", "wait 0"]
 
 
 def test_a_transfer_that_takes_no_fill_leaves_no_half_filled_unit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,7 +172,7 @@ def test_what_somebody_else_put_there_is_left_alone(when: str) -> None:
     residency.use(unit)
     assert weight(unit) is mine
     residency.release(unit)
-    residency.give_up(unit)
+    residency._give_up(unit)
     assert weight(unit) is mine
     residency.remove()
     assert weight(unit) is mine
@@ -197,7 +204,8 @@ def test_proof_poisons_what_is_given_up(is_checked: bool) -> None:
     residency, _, (unit,) = residency_of([0], is_checked=is_checked)
     residency.ready(unit)
     live = weight(unit)
-    residency.give_up(unit)
+    with residency._operation():
+        residency._give_up(unit)
     assert bool(torch.isnan(live).all()) is is_checked
     assert bool((residency.arena.tensor[:4096] == POISON).all()) is is_checked
     assert value(unit) == 0

@@ -43,6 +43,7 @@ def test_what_comes_next(ran: str, count: int, wraps: bool, expected: str) -> No
     [
         (["abcd"], "abcd"),
         (["dcba"], "dcba"),  # the first one is how it is
+        (["acd"], "acd"),
         (["abcd", "acd"], "abcd"),  # a cache left one out
         (["abcd", "ad", "abcd"], "abcd"),
         (["abcd", "adcb"], "adcb"),  # contradicts

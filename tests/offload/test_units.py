@@ -115,7 +115,7 @@ def test_views_of_one_storage_stay_views_of_one() -> None:
     flat = torch.arange(32.0)
     model = toys.Denoiser()
     model.a, model.b = nn.Parameter(flat[:20].view(4, 5)), nn.Parameter(flat[12:])
-    model.c = nn.Parameter(torch.arange(3.0))
+    model.c, model.inside = nn.Parameter(torch.arange(3.0)), nn.Parameter(flat[2:4])
     unit = apart(model).components[0].rest
     assert unit is not None and len(unit.pieces) == 5  # head.weight, head.bias, scale, c, and the shared one
     views = filled(unit)

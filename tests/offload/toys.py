@@ -128,6 +128,8 @@ class Deferred:
     moved_bytes = 0
     num_lanes = 1
     busy_s = 0.0
+    is_seen_by_torch = False
+    done = False
 
     def __init__(self, arena: Arena) -> None:
         self.arena = arena
@@ -153,6 +155,18 @@ class Deferred:
     def cancel(self, ticket: Ticket) -> None:
         """Note it."""
         self.log.append(f"cancel {ticket.name}")
+
+    def is_done(self, ticket: Ticket) -> bool:
+        """As the test says."""
+        return self.done
+
+    def drain(self) -> None:
+        """Note it."""
+        self.log.append("drain")
+
+    def restart(self) -> None:
+        """Note it."""
+        self.log.append("restart")
 
     def close(self) -> None:
         """Nothing to end."""

@@ -160,6 +160,15 @@ def test_the_denoiser_lies_at_the_begin_and_the_others_end_where_the_arena_ends(
     assert (units_of(plan, "shared")[0].begin, units_of(plan, "shared")[0].residency) == (480, "resident")
 
 
+def test_the_smallest_find_room_beside_the_denoiser_first() -> None:
+    sizes = {"image_encoder": 90, "vae": 50, "vocoder": 40}
+    others = [Demand(name=name, role="other", rest=(name, size)) for name, size in sizes.items()]
+    plan = solve(demands_of(*others, DENOISER), 430 + 100, prefetch=1)
+    assert {name: span(plan, name) for name in sizes} == {
+        "image_encoder": (440, 530), "vae": (440, 490), "vocoder": (490, 530)
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize(("room", "begins"), [(200, (0, 100)), (199, (0, 0)), (100, (0, 0))])
 def test_two_denoisers_lie_on_top_of_each_other_unless_both_fit(room: int, begins: tuple[int, int]) -> None:
     demands = demands_of(denoiser("transformer", [25] * 4), denoiser("transformer_2", [25] * 4))

@@ -109,6 +109,11 @@ def test_a_direct_piece_has_the_address_modulo_a_page_that_it_has_in_its_file() 
         ([of_file(100, 50), of_file(150, 9, TWO)], [(ONE, 100, 50), (TWO, 150, 9)]),
         ([of_file(PAGE_BYTES, 8), of_file(9 * PAGE_BYTES, 8, TWO)], [(ONE, PAGE_BYTES, 8), (TWO, 9 * PAGE_BYTES, 8)]),
         ([of_file(100, 500), of_file(120, 30), of_file(600, 8)], [(ONE, 100, 508)]),  # one within another
+        ([of_file(100, 9000), of_file(120, 30), of_file(9200, 8)], [(ONE, 100, 9108)]),
+        (
+            [of_file(100, 9000), of_file(150, 9, TWO), of_file(9100, 8, TWO)],
+            [(ONE, 100, 9000), (TWO, 150, 9), (TWO, 9100, 8)],
+        ),
         ([of_file(100, 50, cast=F32_TO_BF16), of_file(151, 8, itemsize=2)], []),
     ],
 )
@@ -139,6 +144,11 @@ def test_memory_keeps_its_place_in_a_cache_line_where_items_fit_there(skew: int,
     layout = paged(pieces)
     assert layout.positions[1] % CACHE_LINE_BYTES == kept
     require_apart(pieces, layout)
+
+
+def test_a_run_that_ends_just_behind_a_page_keeps_the_rest_of_the_next() -> None:
+    layout = paged([of_file(0, PAGE_BYTES + 1), of_file(9 * PAGE_BYTES, 8)])
+    assert layout.positions == (PAGE_BYTES, 3 * PAGE_BYTES)
 
 
 def test_what_is_cast_begins_a_cache_line() -> None:

@@ -96,6 +96,8 @@ def test_a_deleted_file_is_memory(file: Path) -> None:
     file.unlink()
     assert locate(large) is None
     assert locate(large, before) is None
+    save_file(TENSORS, f"{file} (deleted)")  # as the system calls the one that is gone
+    assert locate(large) is None
 
 
 def test_a_replaced_file_is_memory(file: Path) -> None:

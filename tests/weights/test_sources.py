@@ -90,6 +90,8 @@ def test_parts_are_in_order_small_and_leave_their_neighbours_alone(
     seed: int, layout_of: LayoutOf, files: list[Path], reader: FileReader
 ) -> None:
     pieces = random_pieces(seed, files, largest=30_000)
+    if seed % 2:
+        pieces = [piece for piece in pieces if isinstance(piece.range, FileRange)]
     layout = layout_of(pieces)
     parts = list(source_of(pieces, layout, reader).parts)
     touched = [

@@ -154,6 +154,7 @@ def draw(pipeline: Any, trace: Path | None, plot: Path | None, story: Story) -> 
         return
     report = placed.report()
     story.facts["placement"] = report.summary()
+    story.notes.extend(report.notes)
     if placed.plan.offload != "none":
         story.notes.extend(str(report).splitlines()[:2])
     if placed.timeline is None:

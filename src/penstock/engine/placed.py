@@ -9,13 +9,15 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from typing import Any, Self
+from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
+from torch import nn
 
 from penstock.config import OffloadConfig, config_of
 from penstock.engine.placement import choose_device
 from penstock.engine.plans import Dtypes, Planned, plan_pipeline
-from penstock.errors import ConfigError
+from penstock.errors import ConfigError, NotAPipelineError
 from penstock.machine import read_machine
 from penstock.models.components import discover
 from penstock.offload.prompts import PromptCache
@@ -28,6 +30,7 @@ from penstock.weights.maps import MappedFiles
 from penstock.weights.ranges import FileRange, Range
 
 _HANDLE = "_penstock_placed"  # the attribute of a pipeline that leads to what is placed on it
+_OWNERS: WeakKeyDictionary[nn.Module, ReferenceType[Placed]] = WeakKeyDictionary()  # by placed component
 _DIRECT_SHARE = 0.5  # of free host memory: files larger than this are read past the page cache
 _STORE_SHARE = 0.6  # of free host memory that pinned weights may take
 
@@ -121,12 +124,14 @@ class Placed:
         """
         if placed_on(self.pipeline) is not self:
             return
-        del vars(self.pipeline)[_HANDLE]
         self._prompts.remove()
         if self._streamer is not None:
             self._streamer.remove()
         elif str(self._device_before) != self.plan.device:
             self.pipeline.to(self._device_before)
+        for module in [module for module, owner in _OWNERS.items() if owner() is self]:
+            del _OWNERS[module]
+        del vars(self.pipeline)[_HANDLE]  # last: interrupted before, remove() goes on where it was
 
     def __enter__(self) -> Self:
         return self
@@ -177,6 +182,11 @@ def place(
     Raises:
         ConfigError: for what cannot work.
     """
+    if isinstance(pipeline, (nn.Module, type)) or not hasattr(pipeline, "__dict__"):
+        raise NotAPipelineError(
+            f"a {type(pipeline).__name__} is no pipeline. Give a diffusers pipeline, or an object that holds modules "
+            "as attributes; penstock.load takes names and folders."
+        )
     _require_unplaced(pipeline)
     device = choose_device(config)
     planned = plan_pipeline(pipeline, config, device, _in_memory(), dtypes)
@@ -192,7 +202,9 @@ def place(
         streamer = Streamer(pipeline, planned.partition, planned.plan, _settings(planned, config, device), timeline)
         streamer.install()
     prompts.install()
-    placed = Placed(pipeline, planned, streamer, prompts, tuple(_notes(planned, device)))
+    placed = Placed(pipeline, planned, streamer, prompts, tuple(_notes(planned, config, device)))
+    if streamer is not None:
+        _OWNERS.update((component.module, ref(placed)) for component in discover(pipeline).components)
     vars(pipeline)[_HANDLE] = placed
     return placed
 
@@ -213,6 +225,12 @@ def _require_unplaced(pipeline: Any) -> None:
             f"{placed.plan.promised_bytes} bytes promised. Call remove() first."
         )
     for component in discover(pipeline).components:
+        owner = _OWNERS.get(component.module, lambda: None)()
+        if owner is not None:
+            raise ConfigError(
+                f"{component.name} is placed already, as part of another {type(owner.pipeline).__name__}. Both may be "
+                "used as they are; to place this one as well, call remove() on the other's handle first."
+            )
         if any(hasattr(module, "_hf_hook") for module in component.module.modules()):
             raise ConfigError(
                 f"{component.name} has hooks of accelerate (enable_model_cpu_offload, device_map). Two cannot move the "
@@ -247,8 +265,14 @@ def _settings(planned: Planned, config: OffloadConfig, device: torch.device) -> 
     )
 
 
-def _notes(planned: Planned, device: torch.device) -> list[str]:
-    if planned.plan.offload == "none" or device.type != "cpu":
+def _notes(planned: Planned, config: OffloadConfig, device: torch.device) -> list[str]:
+    if planned.plan.offload == "none":
+        return [
+            f"{name} has nothing to act on: nothing streams ({planned.plan.reason})"
+            for name in ("check", "prefetch")
+            if getattr(config, name)
+        ]
+    if device.type != "cpu":
         return []
     in_memory = sum(
         piece.range.num_bytes

@@ -20,7 +20,9 @@ def choose_device(config: OffloadConfig) -> torch.device:
     available = available_devices()
     if config.device == "auto":
         return torch.device(available[0])
-    wanted = config.device if config.device != "cuda" else "cuda:0"
+    wanted = "cuda:0" if config.device == "cuda" else config.device
+    if not wanted.startswith("cuda"):
+        wanted = wanted.split(":")[0]  # there is one of these
     if wanted not in available:
         raise ConfigError(
             f"device={config.device!r} is not on this machine (torch {torch.__version__}); "

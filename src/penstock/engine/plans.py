@@ -25,6 +25,7 @@ from penstock.weights.ranges import ALIGNMENT_BYTES, PAGE_BYTES
 _DEVICE_SHARE = 0.8  # of a device's free memory for weights, where nobody says; the rest is for activations
 _HOST_SHARE = 0.7  # the same of the host's, which the system and other programs need as well
 _PREFETCH = 1
+_STREAMED_TO = ("cpu", "cuda")
 
 Dtypes = Mapping[int, torch.dtype]
 """By a tensor's id, the dtype that it is to have on the device."""
@@ -55,10 +56,15 @@ def plan_pipeline(
         ConfigError: for what cannot work, with numbers.
     """
     components = discover(pipeline).components
+    if device.type not in _STREAMED_TO and config.offload not in ("auto", "none"):
+        raise ConfigError(
+            f"offload={config.offload!r}: penstock streams to {' and '.join(_STREAMED_TO)} devices, and {device} is "
+            "none of them. Use offload='none', or --device cpu."
+        )
     machine = read_machine(str(device))
     weight_bytes = _weight_bytes(components, dtypes or {})
     budget = config.budget_bytes
-    modes = _modes(pipeline, config, components)
+    modes = _modes(pipeline, config, components, device)
     if config.offload == "auto" and config.max_weight_memory is None:
         budget = int(_share(device) * (machine.device_free_bytes or machine.host_free_bytes))
     if modes[0] == "none":
@@ -78,7 +84,9 @@ def plan_pipeline(
     return Planned(partition, demands, plan)
 
 
-def _modes(pipeline: Any, config: OffloadConfig, components: Sequence[Component]) -> list[Offload]:
+def _modes(
+    pipeline: Any, config: OffloadConfig, components: Sequence[Component], device: torch.device
+) -> list[Offload]:
     """The modes to try, the one that needs most memory first."""
     has_denoiser = any(component.role == "denoiser" for component in components)
     if config.offload == "none":
@@ -91,7 +99,7 @@ def _modes(pipeline: Any, config: OffloadConfig, components: Sequence[Component]
                 "class, or use offload='none'."
             )
         return [config.offload]  # type: ignore[list-item]
-    if not has_denoiser:
+    if not has_denoiser or device.type not in _STREAMED_TO:
         return ["none"]
     return ["layerwise"] if config.max_weight_memory == LEAST else ["none", "sequential", "layerwise"]
 

@@ -28,10 +28,10 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from diffusers import ModelMixin
-from safetensors.torch import load_file
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
+from penstock.models.mapped import map_tensors
 from penstock.models.skeleton import is_quantized
 from penstock.weights.index import read_index
 
@@ -83,8 +83,7 @@ def load_stored(
     """
     index = read_index(path, variant)
     if index is not None and not _needs_stock_loader(path):
-        files = sorted({record.file for record in index})
-        state = {name: tensor for file in files for name, tensor in load_file(file).items()}
+        state = map_tensors(index)
         if _is_stock(component_class, ModelMixin):
             return _load_diffusers(component_class, path, state, dtype)
         if _is_stock(component_class, PreTrainedModel):

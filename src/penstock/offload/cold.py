@@ -14,6 +14,7 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from penstock.errors import UsageError
+from penstock.weights.ranges import CACHE_LINE_BYTES
 
 _T = torch.Tensor
 _DESCRIBING: frozenset[Any] = frozenset(
@@ -80,7 +81,15 @@ class ColdTensor(torch.Tensor):
             )
         units = {id(cold.unit) for cold in tree_leaves((args, kwargs)) if isinstance(cold, ColdTensor)}
         fetch = _fetched if len(units) == 1 else _copied  # the second unit's place may be the first one's
-        return func(*tree_map_only(ColdTensor, fetch, args), **tree_map_only(ColdTensor, fetch, kwargs))
+        live = [fetch(cold) for cold in tree_leaves((args, kwargs)) if isinstance(cold, ColdTensor)]
+        weights = iter(live)
+        result = func(
+            *tree_map_only(ColdTensor, lambda _: next(weights), args),
+            **tree_map_only(ColdTensor, lambda _: next(weights), kwargs),
+        )
+        if isinstance(result, torch.Tensor) and any(_is_view(result, weight) for weight in live):
+            return _copy(result)  # a view of a place that is filled anew
+        return result
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickled or copied, it is its weight."""
@@ -96,8 +105,26 @@ def _fetched(cold: ColdTensor) -> torch.Tensor:
     return cold.fetch()
 
 
+def _is_view(result: torch.Tensor, weight: torch.Tensor) -> bool:
+    if result.layout is not torch.strided:
+        return False
+    return result.untyped_storage().data_ptr() == weight.untyped_storage().data_ptr()
+
+
+def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy; on the CPU at the same place within a cache line, because kernels round by it."""
+    if tensor.device.type != "cpu" or not tensor.is_contiguous():
+        return tensor.clone()
+    memory = torch.empty(tensor.numel() * tensor.itemsize + CACHE_LINE_BYTES, dtype=torch.uint8)
+    begin = (tensor.data_ptr() - memory.data_ptr()) % CACHE_LINE_BYTES
+    if begin % tensor.itemsize:
+        return tensor.clone()
+    place = memory[begin : begin + tensor.numel() * tensor.itemsize].view(tensor.dtype).view(tensor.shape)
+    return place.copy_(tensor)
+
+
 def _copied(cold: ColdTensor) -> torch.Tensor:
-    copied = cold.fetch().detach().clone()
+    copied = _copy(cold.fetch().detach())
     return torch.nn.Parameter(copied, requires_grad=False) if isinstance(cold, torch.nn.Parameter) else copied
 
 

@@ -29,18 +29,25 @@ def compile_inside(block: nn.Module) -> Callable[[], None]:
             f"a {type(block).__name__} is compiled already, and hooks would not be seen by it. "
             "Place the pipeline first, then compile its blocks."
         )
-    had_forward = "forward" in vars(block)
-    forward = block.forward
+    before: list[Any] = []  # the forward that was the block's own, where it was compiled
+    compiled: list[Any] = []
 
     def compile_forward(*args: Any, **kwargs: Any) -> None:
-        vars(block)["forward"] = torch.compile(forward, *args, **kwargs)
+        before.append(vars(block).get("forward"))
+        compiled.append(torch.compile(block.forward, *args, **kwargs))
+        vars(block)["forward"] = compiled[-1]
 
     def undo() -> None:
-        vars(block).pop("compile", None)
-        if had_forward:
-            vars(block)["forward"] = forward
-        else:
-            vars(block).pop("forward", None)
+        if vars(block).get("compile") is compile_forward:
+            del vars(block)["compile"]
+        while compiled:
+            made, own = compiled.pop(), before.pop()
+            if vars(block).get("forward") is not made:
+                continue  # somebody else's by now
+            if own is None:
+                del vars(block)["forward"]
+            else:
+                vars(block)["forward"] = own
 
     vars(block)["compile"] = compile_forward
     return undo

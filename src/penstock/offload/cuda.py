@@ -39,6 +39,8 @@ class CudaTransfer:
         make_memory: makes a pinned chunk of so many bytes.
     """
 
+    is_seen_by_torch = True
+
     def __init__(
         self,
         arena: Arena,
@@ -99,6 +101,19 @@ class CudaTransfer:
         reading, _ = ticket.work
         if reading is not None and not reading.cancel():
             reading.exception()
+
+    def is_done(self, ticket: Ticket) -> bool:
+        """Whether no reader is at it; copies that were begun are followed by later ones on their stream."""
+        reading, _ = ticket.work
+        return reading is None or bool(reading.done())
+
+    def drain(self) -> None:
+        """Drop what is queued, and wait for the reader; the stream keeps copies in order."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="penstock-reader")
+
+    def restart(self) -> None:
+        """CUDA does not survive a fork: torch refuses the child's next call with its own advice."""
 
     def close(self) -> None:
         """End the reader and wait for the copies."""

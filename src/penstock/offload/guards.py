@@ -34,6 +34,7 @@ _MODULE_METHODS = (
     "requires_grad_",
     "train",
 )
+_COPIES = ("__deepcopy__", "__reduce_ex__")  # found on the object itself by copy.deepcopy and pickle
 _MOVES = ("to", "cuda", "cpu", "xpu")
 
 
@@ -46,6 +47,7 @@ def guard(pipeline: Any, modules: Iterable[nn.Module], device: torch.device) -> 
     undo = [_replace(pipeline, name, _refusal) for name in _PIPELINE_METHODS if hasattr(pipeline, name)]
     owners: list[Any] = [pipeline, *modules]
     for owner in owners:
+        undo.extend(_replace(owner, name, _refusal) for name in _COPIES)
         undo.extend(
             _replace(owner, name, lambda *a: _move(*a, device=device)) for name in _MOVES if hasattr(owner, name)
         )
@@ -53,8 +55,8 @@ def guard(pipeline: Any, modules: Iterable[nn.Module], device: torch.device) -> 
         undo.extend(_replace(module, name, _refusal) for name in _MODULE_METHODS if hasattr(module, name))
 
     def take_away() -> None:
-        while undo:
-            undo.pop()()
+        for step in reversed(undo):
+            step()
 
     return take_away
 
@@ -73,14 +75,18 @@ def _replace(owner: Any, name: str, make: Callable[[Any, str], Callable[..., Any
 
 
 def _refusal(owner: Any, name: str) -> Callable[..., Any]:
-    own = getattr(owner, name)
+    own = getattr(owner, name, None)
 
     def refuse(*args: Any, **kwargs: Any) -> Any:
-        if name in ("train", "requires_grad_") and (args == (False,) or [*kwargs.values()] == [False]):
+        if (
+            own is not None
+            and name in ("train", "requires_grad_")
+            and (args == (False,) or [*kwargs.values()] == [False])
+        ):
             return own(*args, **kwargs)  # what `eval` calls, and what changes nothing
         raise ConfigError(
-            f"{type(owner).__name__}.{name} would change or move weights that penstock has placed. Call remove() on "
-            "what penstock.apply returned (or load with offload='none'), then do this, then apply again."
+            f"{type(owner).__name__}.{name} would change, move or copy weights that penstock has placed. Call remove() "
+            "on what penstock.apply returned (or load with offload='none'), then do this, then apply again."
         )
 
     return refuse

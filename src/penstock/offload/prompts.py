@@ -1,7 +1,9 @@
 """Repeated prompts need no encoder: what `encode_prompt` returned is kept, up to so many bytes.
 
-The key is everything the call depends on: arguments, encoders, tokenizers. A call that cannot be told by its
-arguments, or that runs with adapters in an encoder, is not kept.
+The key is what a call can be told by: arguments, templates and guidance of the pipeline, and which encoders and
+tokenizers it has. A call with arguments of another kind, or with adapters in an encoder, is not kept. What nobody can
+see, such as an encoder whose weights or hooks are changed in place, needs `remove`, or no cache: it is off unless asked
+for.
 """
 
 from __future__ import annotations
@@ -84,13 +86,22 @@ class PromptCache:
     def _key(self, owners: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
         if any(getattr(owner, "peft_config", None) for owner in owners if isinstance(owner, nn.Module)):
             return None
-        guidance = vars(self._pipeline).get("_guidance_scale")  # some ask it whether they need a negative prompt
-        words = [
-            _word(value) for value in (guidance, *args, *(item for pair in sorted(kwargs.items()) for item in pair))
-        ]
+        told = [*args, *(item for pair in sorted(kwargs.items()) for item in pair)]
+        words = [_word(value) for value in (*told, *_settings(self._pipeline), *map(_length, owners))]
         if any(word is None for word in words):
             return None
         return (*map(id, owners), torch.is_inference_mode_enabled(), *words)
+
+
+def _settings(pipeline: Any) -> list[Any]:
+    """What a pipeline may ask itself when it encodes: its templates, and whether it needs a negative prompt."""
+    texts = [value for _, value in sorted(vars(pipeline).items()) if isinstance(value, str)]
+    return [vars(pipeline).get("_guidance_scale"), *texts]
+
+
+def _length(part: Any) -> int:
+    """Of a tokenizer, which grows when words are taught to it."""
+    return len(part) if hasattr(part, "tokenize") and hasattr(part, "__len__") else 0
 
 
 def _word(value: Any) -> Any:

@@ -10,15 +10,22 @@ are stand-ins that fetch it. Nothing is copied back: weights do not change.
 from __future__ import annotations
 
 import enum
+import os
 import sys
 import threading
 import time
-from collections.abc import Sequence
+import warnings
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
+from types import FrameType
+from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves, tree_map
 
-from penstock.errors import GenerationError
+from penstock.errors import GenerationError, UsageError
 from penstock.offload.cold import ColdTensor
 from penstock.offload.transfer import Ticket, Transfer
 from penstock.offload.units import Unit
@@ -28,6 +35,12 @@ from penstock.weights.layout import Layout
 from penstock.weights.memory import Arena
 from penstock.weights.proof import Proof
 from penstock.weights.sources import Source
+
+_WRITTEN = (
+    "a weight that penstock streams was changed in place while it was on the device; the change is lost when its unit "
+    "comes again. Call remove() on what penstock.apply returned, change the weights, and apply again."
+)
+_LIVING: weakref.WeakSet[Residency] = weakref.WeakSet()  # those to be told of a fork
 
 
 class State(enum.Enum):
@@ -111,11 +124,39 @@ class Residency:
         self.num_demanded = 0
         self.peak_bytes = 0
         self._held_bytes = 0
+        self._is_torn = False  # whether an operation was left half way, as Ctrl-C leaves one
+        self._owner = threading.get_ident()
+        self._casts: dict[int, torch.Tensor] = {}
         for tenant in self.tenants:
             tenant.rivals = tuple(
                 other for other in self.tenants if other is not tenant and other.plan.overlaps(tenant.plan)
             )
             tenant.make_live(arena)
+        self._version = arena.tensor._version
+        _LIVING.add(self)
+
+    def claim(self) -> None:
+        """A component runs on this thread, and its weights are this thread's until another one's run begins.
+
+        Raises:
+            GenerationError: while a component runs on another thread.
+        """
+        here = threading.get_ident()
+        if here == self._owner:
+            return
+        frame = sys._current_frames().get(self._owner)
+        if frame is not None and _runs(frame, {id(tenant.unit.module) for tenant in self.tenants}):
+            raise GenerationError(
+                "this pipeline, or another one with the same modules, runs on another thread already. A placed "
+                "pipeline runs on one thread at a time: wait for it, or place a pipeline of its own for each thread."
+            )
+        self._owner = here
+
+    def forget_threads(self) -> None:
+        """In a child process, which inherits no threads: fills in progress will never end, and locks may be held."""
+        self._lock = threading.RLock()
+        self._transfer.restart()
+        self._is_torn = True
 
     def install(self) -> None:
         """Put stand-ins in the place of all weights; nothing is moved yet."""
@@ -139,8 +180,10 @@ class Residency:
                     cold.fetch = partial(weight.original.to, weight.dtype)  # for those who hold on to it
                     current = weight.table.get(weight.key)
                     if current is cold or current is live:
-                        weight.table[weight.key] = weight.original
+                        weight.table[weight.key] = weight.restored(self._casts)
                 tenant.state = State.COLD
+        if self._was_written():
+            warnings.warn(_WRITTEN, UserWarning, stacklevel=2)
 
     def enter(self, tenant: Tenant, is_demanded: bool = False) -> bool:
         """Begin to fill a unit where that disturbs nobody; what compute needs at once disturbs more.
@@ -152,33 +195,76 @@ class Residency:
             GenerationError: for a demanded unit whose place a running block holds.
             WeightsError: for files that changed.
         """
+        if tenant.state is not State.COLD and not self._is_torn:
+            return True
+        with self._operation():
+            has_room = self._has_room(tenant, is_demanded)
+            if has_room:
+                self._fill(tenant, is_demanded)
+            return has_room
+
+    @contextmanager
+    def _operation(self) -> Iterator[None]:
+        """One change of state. What Ctrl-C ended half way is undone before the next: all units cold, nothing fills."""
+        with self._lock:
+            if self._was_written():
+                self._version = self.arena.tensor._version
+                raise UsageError(_WRITTEN)
+            if self._is_torn:
+                self._transfer.drain()
+                for tenant in self.tenants:
+                    tenant.ticket = None
+                    self._give_up(tenant)
+                    tenant.bind(is_live=False)
+                self._held_bytes = 0
+            self._is_torn = True
+            try:
+                yield
+            except Exception:  # told to the caller, with all states as they should be
+                self._is_torn = False
+                raise
+            finally:
+                self._version = self.arena.tensor._version
+            self._is_torn = False
+
+    def _was_written(self) -> bool:
+        """Whether somebody changed a weight in place; torch counts writes to a storage. Not told on accelerators."""
+        return not self._transfer.is_seen_by_torch and self.arena.tensor._version != self._version
+
+    def _has_room(self, tenant: Tenant, is_demanded: bool) -> bool:
+        """Whether a unit may be filled now: not where others use its place, or are on their way to it."""
         if tenant.state is not State.COLD:
             return True
-        with self._lock:
-            for rival in tenant.rivals:
-                if rival.state is State.IN_USE:
-                    if is_demanded and _is_running(rival.unit.module):
-                        raise GenerationError(
-                            f"{tenant.name} runs inside {rival.name}, and both have the same place on the device. "
-                            "Give a larger max_weight_memory, or --offload sequential."
-                        )
-                    if not is_demanded:
-                        return False
-                if rival.state is State.FILLING and not is_demanded:
+        for rival in tenant.rivals:
+            if rival.state is State.IN_USE:
+                if is_demanded and _is_running(rival.unit.module):
+                    raise GenerationError(
+                        f"{tenant.name} runs inside {rival.name}, and both have the same place on the device. "
+                        "Give a larger max_weight_memory, or --offload sequential."
+                    )
+                if not is_demanded:
                     return False
-            for rival in tenant.rivals:
-                self.give_up(rival)
-            tenant.source.check()
-            begun_s = time.perf_counter()
-            tenant.ticket = self._transfer.submit(tenant.name, tenant.source, tenant.plan.begin)
-            tenant.state = State.FILLING
-            self.num_fills += 1
-            self.num_demanded += is_demanded
-            self._held_bytes += tenant.plan.num_bytes
-            self.peak_bytes = max(self.peak_bytes, self._held_bytes)
-            if self._timeline is not None:
-                self._timeline.entered(tenant.name, tenant.plan.num_bytes, begun_s)
-            return True
+            if rival.ticket is not None and not is_demanded and not self._transfer.is_done(rival.ticket):
+                return False
+        return True
+
+    def _fill(self, tenant: Tenant, is_demanded: bool) -> None:
+        if tenant.state is not State.COLD:
+            return
+        for rival in tenant.rivals:
+            self._give_up(rival)
+        tenant.source.check()
+        first = self.arena.tensor[tenant.plan.begin : tenant.plan.begin + 1]
+        first.zero_()  # no weight's byte: it tells autograd that what it may have kept of this place has gone
+        begun_s = time.perf_counter()
+        tenant.ticket = self._transfer.submit(tenant.name, tenant.source, tenant.plan.begin)
+        tenant.state = State.FILLING
+        self.num_fills += 1
+        self.num_demanded += is_demanded
+        self._held_bytes += tenant.plan.num_bytes
+        self.peak_bytes = max(self.peak_bytes, self._held_bytes)
+        if self._timeline is not None:
+            self._timeline.entered(tenant.name, tenant.plan.num_bytes, begun_s)
 
     def ready(self, tenant: Tenant) -> None:
         """Make a unit's weights usable; returns once compute may be given them.
@@ -187,29 +273,33 @@ class Residency:
             GenerationError: where it cannot be on the device now.
             WeightsError: for what the readers met; the unit is then as if it had not been asked for.
         """
-        if tenant.state in (State.READY, State.IN_USE):
+        if tenant.state in (State.READY, State.IN_USE) and not self._is_torn:
             return
-        with self._lock:
-            if tenant.state is State.COLD:
-                self.enter(tenant, is_demanded=True)
-            if tenant.state is not State.FILLING or tenant.ticket is None:
-                return
-            begun_s = time.perf_counter()
-            try:
-                self._transfer.wait(tenant.ticket)
-                ended_s = time.perf_counter()
-                if self._proof is not None:
-                    self._proof.verify(tenant.name, tenant.unit.pieces, tenant.layout, tenant.plan.begin)
-            except BaseException as error:
-                if not isinstance(error, KeyboardInterrupt):
-                    self.give_up(tenant)
-                raise
-            self.exposed_wait_s += ended_s - begun_s
-            if self._timeline is not None:
-                self._timeline.add("wait", tenant.name, begun_s, ended_s)
-            tenant.ticket = None
-            tenant.state = State.READY
-            tenant.bind(is_live=True)
+        with self._operation():
+            if self._has_room(tenant, is_demanded=True):
+                self._fill(tenant, is_demanded=True)
+            if tenant.ticket is not None:
+                self._receive(tenant, tenant.ticket)
+
+    def _receive(self, tenant: Tenant, ticket: Ticket) -> None:
+        """Wait for a fill, check it, and put the weights where the modules look."""
+        begun_s = time.perf_counter()
+        is_there = False
+        try:
+            self._transfer.wait(ticket)
+            ended_s = time.perf_counter()
+            if self._proof is not None:
+                self._proof.verify(tenant.name, tenant.unit.pieces, tenant.layout, tenant.plan.begin)
+            is_there = True
+        finally:
+            if not is_there:
+                self._give_up(tenant)
+        self.exposed_wait_s += ended_s - begun_s
+        if self._timeline is not None:
+            self._timeline.add("wait", tenant.name, begun_s, ended_s)
+        tenant.bind(is_live=True)
+        tenant.state = State.READY
+        tenant.ticket = None
 
     def use(self, tenant: Tenant) -> None:
         """Make a unit's weights usable, and keep them until `release`."""
@@ -226,20 +316,36 @@ class Residency:
         self.ready(tenant)
         return tenant.live[number]
 
-    def give_up(self, tenant: Tenant) -> None:
+    def apart(self, output: Any) -> Any:
+        """A component's output without views of its weights, which the next unit would overwrite; None without any.
+
+        Cost: a copy of what is such a view; else a look at each tensor.
+        """
+        arena = self.arena.tensor.untyped_storage().data_ptr()
+        if not any(_storage(leaf) == arena for leaf in tree_leaves(output)):
+            return None
+        return tree_map(lambda leaf: leaf.clone() if _storage(leaf) == arena else leaf, output)
+
+    def _give_up(self, tenant: Tenant) -> None:
         """End a unit's stay, and with it a fill in progress."""
         if tenant.state is State.COLD:
             return
         if tenant.ticket is not None:
             self._transfer.cancel(tenant.ticket)
             tenant.ticket = None
+        tenant.bind(is_live=False)
         tenant.state = State.COLD
         self._held_bytes -= tenant.plan.num_bytes
-        tenant.bind(is_live=False)
         if self._proof is not None:
             self.arena.poison(tenant.plan.begin, tenant.plan.num_bytes)
         if self._timeline is not None:
             self._timeline.left(tenant.name, time.perf_counter())
+
+
+def _storage(value: Any) -> int | None:
+    """The address of a tensor's storage."""
+    is_plain = isinstance(value, torch.Tensor) and not isinstance(value, ColdTensor)
+    return value.untyped_storage().data_ptr() if is_plain and value.layout is torch.strided else None
 
 
 def _is_running(module: torch.nn.Module) -> bool:
@@ -247,9 +353,21 @@ def _is_running(module: torch.nn.Module) -> bool:
 
     torch runs no hook after a forward that Ctrl-C ended: its unit stays marked as in use, and nobody uses it.
     """
-    frame = sys._getframe()
-    while frame.f_back is not None:
-        frame = frame.f_back
-        if frame.f_locals.get("self") is module:
+    return _runs(sys._getframe(), {id(module)})
+
+
+def _runs(frame: FrameType | None, modules: set[int]) -> bool:
+    """Whether a call of one of the modules is on a thread's stack."""
+    while frame is not None:
+        if id(frame.f_locals.get("self")) in modules:
             return True
+        frame = frame.f_back
     return False
+
+
+def _after_fork() -> None:
+    for residency in list(_LIVING):
+        residency.forget_threads()
+
+
+os.register_at_fork(after_in_child=_after_fork)

@@ -17,6 +17,7 @@ from penstock.offload.clock import StepClock
 from penstock.offload.compiled import compile_inside
 from penstock.offload.residency import Residency, State, Tenant
 from penstock.offload.schedule import Schedule
+from penstock.offload.undo import Undo
 from penstock.timeline import Timeline
 
 
@@ -52,7 +53,7 @@ class Stage:
         self._clock = clock
         self._timeline = timeline
         self.schedule = Schedule([tenant for tenant in self._tenants if tenant.plan.slot is not None])
-        self._undo: list[Callable[[], None]] = []
+        self._undo = Undo()
         self._begun_s = 0.0
         self.num_computed = 0
         self.compute_s = 0.0
@@ -74,24 +75,27 @@ class Stage:
                 self._hook(tenant.unit.module, partial(self._enter, tenant), partial(self._leave, tenant))
             else:
                 self._hook(tenant.unit.module, partial(self._meet, tenant), partial(self._part, tenant))
-            self._undo.append(compile_inside(tenant.unit.module))
+            self._undo.add(compile_inside(tenant.unit.module))
 
     def remove(self) -> None:
         """Take the hooks away."""
-        while self._undo:
-            self._undo.pop()()
+        self._undo.run()
 
     def _hook(self, module: nn.Module, before: Callable[..., None], after: Callable[..., None]) -> None:
         outside: Any = torch.compiler.disable
-        self._undo.append(module.register_forward_pre_hook(outside(before), prepend=True).remove)
-        self._undo.append(module.register_forward_hook(outside(after), always_call=True).remove)
+        self._undo.add(module.register_forward_pre_hook(outside(before), prepend=True).remove)
+        self._undo.add(module.register_forward_hook(outside(after), always_call=True).remove)
 
     def _begin(self, *_: Any) -> None:
         """The component runs: ask for its units in the order in which they will be needed."""
+        self._residency.claim()
         if self._clock is not None:
             self._clock.tick()
         self.schedule.begin()
-        due = self.schedule.upcoming(self._ahead, wraps=False)
+        due: list[Tenant] = []
+        for tenant in self.schedule.upcoming(self._ahead, wraps=False):
+            if not any(nearer in tenant.rivals for nearer in due):
+                due.append(tenant)
         for tenant in self._tenants:
             if tenant.state is State.COLD and (tenant.plan.slot is None or tenant in due):
                 self._residency.enter(tenant)
@@ -100,10 +104,11 @@ class Stage:
                 self._residency.ready(tenant)  # what lies outside of blocks is needed first
         self._begun_s = time.perf_counter()
 
-    def _end(self, *_: Any) -> None:
+    def _end(self, module: nn.Module, args: Any, output: Any) -> Any:
         self.schedule.end()
         if self._timeline is not None and not any(tenant.unit.is_block for tenant in self._tenants):
             self._timeline.add("compute", self._tenants[0].name, self._begun_s, time.perf_counter())
+        return self._residency.apart(output)
 
     def _enter(self, tenant: Tenant, *_: Any) -> None:
         """A streamed block runs: its weights are waited for, and those behind it asked for."""

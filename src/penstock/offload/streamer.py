@@ -19,6 +19,7 @@ from penstock.offload.residency import Residency, Tenant
 from penstock.offload.stage import Stage
 from penstock.offload.states import whole_states
 from penstock.offload.transfer import HostTransfer, Transfer
+from penstock.offload.undo import Undo
 from penstock.offload.units import Partition, Unit
 from penstock.plan import Plan
 from penstock.timeline import Timeline
@@ -81,10 +82,14 @@ class Streamer:
         self.transfer: Transfer = _transfer(self.arena, timeline)
         self.store: HostStore | None = None
         self.host_bytes = 0
-        tenants = self._tenants(partition, device, settings.in_host_store)
+        with ExitStack() as made:  # closed again where a source cannot be made
+            made.callback(self.reader.close)
+            made.callback(self.transfer.close)
+            tenants = self._tenants(partition, device, settings.in_host_store)
+            made.pop_all()
         self.residency = Residency(tenants, self.arena, self.transfer, proof, timeline)
         self._stages = self._make_stages({id(tenant.unit): tenant for tenant in tenants})
-        self._undo = ExitStack()
+        self._undo = Undo()
 
     def _tenants(self, partition: Partition, device: torch.device, in_host_store: bool) -> list[Tenant]:
         plans = {unit.name: unit for unit in self.plan.units}
@@ -121,6 +126,8 @@ class Streamer:
         stage = self._stages.get(component)
         if stage is None or not stage.num_computed or not self.residency.num_fills or self.transfer.num_lanes == 0:
             return None
+        if self.arena.host is None:
+            return None  # on an accelerator the host's clock sees launches, not compute
         fill_s = self.transfer.busy_s / self.transfer.num_lanes / self.transfer.moved_bytes * stage.block_bytes
         return stage.compute_s / stage.num_computed, fill_s
 
@@ -131,25 +138,32 @@ class Streamer:
 
     def install(self) -> None:
         """Put stand-ins, hooks and guards in place, all or none of them; no weights move yet."""
-        with ExitStack() as undo:
-            undo.callback(self.transfer.close)
-            undo.callback(self.reader.close)
-            if self.store is not None:
-                undo.callback(self.store.close)
-            undo.callback(self.residency.remove)
-            self.residency.install()
-            undo.callback(_move_fixed(self._partition, self.arena.tensor.device))
-            for stage in self._stages.values():
-                undo.callback(stage.remove)
-                stage.install()
-            modules = [part.module for part in self._partition.components]
-            undo.callback(whole_states(self._partition))
-            undo.callback(guard(self._pipeline, modules, self.arena.tensor.device))
-            self._undo = undo.pop_all()
+        is_whole = False
+        try:
+            self._install()
+            is_whole = True
+        finally:
+            if not is_whole:
+                self.remove()
+
+    def _install(self) -> None:
+        if self.store is not None:
+            self._undo.add(self.store.close)  # after the copies from it are over
+        self._undo.add(self.reader.close)
+        self._undo.add(self.transfer.close)
+        self._undo.add(self.residency.remove)
+        self.residency.install()
+        self._undo.add(_move_fixed(self._partition, self.arena.tensor.device))
+        for stage in self._stages.values():
+            self._undo.add(stage.remove)
+            stage.install()
+        modules = [part.module for part in self._partition.components]
+        self._undo.add(whole_states(self._partition))
+        self._undo.add(guard(self._pipeline, modules, self.arena.tensor.device))
 
     def remove(self) -> None:
         """Undo `install`, in the opposite order; the pipeline is as it was."""
-        self._undo.close()
+        self._undo.run()
 
 
 def _transfer(arena: Arena, timeline: Timeline | None) -> Transfer:
@@ -172,9 +186,11 @@ def _move_fixed(partition: Partition, device: torch.device) -> Callable[[], None
                 moved[id(tensor)] = torch.nn.Parameter(there, requires_grad=False) if is_parameter else there
         weight.table[weight.key] = moved[id(tensor)]
 
+    casts: dict[int, torch.Tensor] = {}
+
     def undo() -> None:
         for weight in partition.fixed:
             if weight.table.get(weight.key) is moved.get(id(weight.original), weight):
-                weight.table[weight.key] = weight.original
+                weight.table[weight.key] = weight.restored(casts)
 
     return undo

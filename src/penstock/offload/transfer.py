@@ -34,10 +34,12 @@ class Transfer(Protocol):
     Attributes:
         moved_bytes: bytes written to the device so far.
         num_lanes: how many fill side by side.
+        is_seen_by_torch: whether torch's counter of writes to the arena counts its writes.
     """
 
     moved_bytes: int
     num_lanes: int
+    is_seen_by_torch: bool
 
     @property
     def busy_s(self) -> float:
@@ -60,6 +62,18 @@ class Transfer(Protocol):
         """Give a fill up; afterwards nothing writes to its place any more."""
         ...
 
+    def is_done(self, ticket: Ticket) -> bool:
+        """Whether giving a fill up would interrupt nobody."""
+        ...
+
+    def drain(self) -> None:
+        """Give up all fills, those included whose tickets were lost."""
+        ...
+
+    def restart(self) -> None:
+        """Begin anew in a process that inherited no threads."""
+        ...
+
     def close(self) -> None:
         """End threads and streams."""
         ...
@@ -74,11 +88,13 @@ class HostTransfer:
         num_threads: how many read at a time.
     """
 
+    is_seen_by_torch = False
+
     def __init__(self, arena: Arena, timeline: Timeline | None = None, num_threads: int = THREADS) -> None:
         assert arena.host is not None
         self._view = arena.host.view
         self._timeline = timeline
-        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="penstock-reader")
+        self._pool = _readers(num_threads)
         self._lock = threading.Lock()
         self.moved_bytes = 0
         self.num_lanes = num_threads
@@ -103,6 +119,20 @@ class HostTransfer:
         """Drop the parts that no reader has taken, and wait for the others."""
         wait([future for future in ticket.work if not future.cancel()])
 
+    def is_done(self, ticket: Ticket) -> bool:
+        """Whether all parts are written."""
+        return all(future.done() for future in ticket.work)
+
+    def drain(self) -> None:
+        """Drop what is queued, wait for what runs, and go on with fresh threads."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._pool = _readers(self.num_lanes)
+
+    def restart(self) -> None:
+        """Fresh threads and locks."""
+        self._lock = threading.Lock()
+        self._pool = _readers(self.num_lanes)
+
     def close(self) -> None:
         """End the threads; what is queued is dropped."""
         self._pool.shutdown(wait=True, cancel_futures=True)
@@ -119,3 +149,7 @@ class HostTransfer:
         if self._timeline is not None:
             lane = threading.current_thread().name
             self._timeline.add("fill", name, begun_s, ended_s, lane=lane, num_bytes=part.num_bytes)
+
+
+def _readers(num_threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(num_threads, thread_name_prefix="penstock-reader")

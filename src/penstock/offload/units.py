@@ -53,6 +53,22 @@ class Weight:
         last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
         return (last + 1) * tensor.itemsize
 
+    def restored(self, casts: dict[int, torch.Tensor]) -> torch.Tensor:
+        """What to leave in its place in the end: the tensor that was found, in the dtype that was asked for.
+
+        Args:
+            casts: by the id of what was found, what was made of it already, so that tied weights stay tied.
+        """
+        original = self.original
+        if original.dtype == self.dtype:
+            return original
+        if id(original) not in casts:
+            with torch.inference_mode(False), torch.no_grad():
+                cast = original.detach().to(self.dtype)
+            is_parameter = isinstance(original, nn.Parameter)
+            casts[id(original)] = nn.Parameter(cast, requires_grad=original.requires_grad) if is_parameter else cast
+        return casts[id(original)]
+
     def view(self, memory: torch.Tensor, position: int) -> torch.Tensor:
         """This weight in a unit's memory, its piece being at `position`."""
         begin = position + self.offset
@@ -110,7 +126,8 @@ class Partition:
     Attributes:
         components: in the order of the pipeline.
         shared: weights that several components use; they stay on the device.
-        fixed: buffers that only memory has, and weights without elements: they stay on the device, outside of units.
+        fixed: buffers that only memory has, adapters, and weights without elements: they stay on the device, outside of
+            units.
     """
 
     components: list[ComponentUnits]
@@ -153,7 +170,7 @@ def take_apart(
         parts.append(_component_units(component, is_layerwise, claimed, dtypes or {}))
     parts.sort(key=lambda part: [component.name for component in components].index(part.name))
     _require_plain(weight for part in parts for unit in part.units for weight in unit.weights)
-    fixed = _set_apart_fixed(parts, locate)
+    fixed = _set_apart_fixed(parts, locate, _adapter_tensors(components))
     shared = _set_apart_shared(parts)
     partition = Partition(parts, shared, fixed)
     for unit in partition.units:
@@ -227,14 +244,28 @@ def _odd_kind(tensor: torch.Tensor) -> str | None:
     return "quantised" if tensor.is_quantized else None
 
 
-def _set_apart_fixed(parts: Sequence[ComponentUnits], locate: Locate) -> list[Weight]:
-    fixed = []
+def _set_apart_fixed(parts: Sequence[ComponentUnits], locate: Locate, adapters: set[int]) -> list[Weight]:
+    fixed: list[Weight] = []
     for part in parts:
         for unit in part.units:
-            stays = [weight for weight in unit.weights if _is_fixed(weight, locate)]
-            fixed.extend(stays)
-            unit.weights = [weight for weight in unit.weights if weight not in stays]
+            moving: list[Weight] = []
+            for weight in unit.weights:
+                stays = id(weight.original) in adapters or _is_fixed(weight, locate)
+                (fixed if stays else moving).append(weight)
+            unit.weights = moving
     return fixed
+
+
+def _adapter_tensors(components: Sequence[Component]) -> set[int]:
+    """The tensors of adapters, which peft exchanges in place at any time: they stay on the device."""
+    found: set[int] = set()
+    for component in components:
+        for module in component.module.modules():
+            names = (*getattr(module, "adapter_layer_names", ()), *getattr(module, "other_param_names", ()))
+            for adapter in (getattr(module, name, None) for name in names):
+                if isinstance(adapter, nn.Module):
+                    found.update(id(tensor) for tensor in (*adapter.parameters(), *adapter.buffers()))
+    return found
 
 
 def _is_fixed(weight: Weight, locate: Locate) -> bool:

@@ -86,6 +86,7 @@ class _Fit:
 
     @property
     def num_slots(self) -> int:
+        """How many slots its blocks stream through."""
         return len({slot for *_, slot in self.places if slot is not None})
 
 

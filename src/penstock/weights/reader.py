@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,6 +46,7 @@ class FileReader:
         self._lock = threading.Lock()
         self._files: dict[Path, _Open] = {}
         self.read_bytes = 0
+        weakref.finalize(self, _close_all, self._files)
 
     def open(self, file: Path) -> None:
         """Open a file, once, and remember its identity.
@@ -135,8 +137,12 @@ class FileReader:
     def close(self) -> None:
         """Close all files."""
         with self._lock:
-            for file in self._files.values():
-                os.close(file.buffered)
-                if file.direct is not None:
-                    os.close(file.direct)
-            self._files.clear()
+            _close_all(self._files)
+
+
+def _close_all(files: dict[Path, _Open]) -> None:
+    while files:
+        _, file = files.popitem()
+        os.close(file.buffered)
+        if file.direct is not None:
+            os.close(file.direct)

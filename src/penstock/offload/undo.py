@@ -1,0 +1,22 @@
+"""What was done and has to be undone, the last first; interrupted, it goes on where it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+
+class Undo:
+    """Steps that take something back. Each may be called twice: Ctrl-C may come within one."""
+
+    def __init__(self) -> None:
+        self._steps: list[Callable[[], None]] = []
+
+    def add(self, step: Callable[[], None]) -> None:
+        """Remember a step."""
+        self._steps.append(step)
+
+    def run(self) -> None:
+        """Take all of it back; a step is forgotten once it is over."""
+        while self._steps:
+            self._steps[-1]()
+            self._steps.pop()
