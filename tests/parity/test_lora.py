@@ -84,3 +84,20 @@ def test_merging_an_adapter_into_streamed_weights_is_refused_and_merged_weights_
     with penstock.apply(pipeline, offload="layerwise", check=True) as placed:
         assert is_equal(merged, zoo.tensors(zoo.run(pipeline, name)))  # not the file's weights: they were changed
         assert any("host" in unit.source for unit in placed.report().units)
+
+
+def test_adapter_is_hot_swapped_in_place(name: str, adapter: Path, zoo_folder: Callable[[str], Path]) -> None:
+    pictures = []
+    for is_streamed in (False, True):
+        pipeline = DiffusionPipeline.from_pretrained(zoo_folder(name))
+        pipeline.load_lora_weights(adapter, adapter_name="style")
+        for module in pipeline.transformer.modules():
+            if hasattr(module, "lora_A"):
+                module.lora_A["style"].weight.data.mul_(0.3)  # another adapter in its place
+        placed = penstock.apply(pipeline, offload="layerwise" if is_streamed else "none")
+        faint = zoo.tensors(zoo.run(pipeline, name))
+        pipeline.load_lora_weights(adapter, adapter_name="style", hotswap=True)
+        pictures.append((faint, zoo.tensors(zoo.run(pipeline, name))))
+        placed.remove()
+    assert is_equal(pictures[0][0], pictures[1][0]) and is_equal(pictures[0][1], pictures[1][1])
+    assert not is_equal(*pictures[0])
