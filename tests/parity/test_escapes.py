@@ -8,6 +8,7 @@ import os
 import pickle
 import signal
 import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import penstock
 from penstock.errors import ConfigError, GenerationError, NotAPipelineError, UsageError
+from penstock.offload.cold import ColdTensor
 from tests import zoo
 from tests.parity.test_offload import is_equal
 
@@ -76,11 +78,13 @@ def test_parameter_that_a_component_returns_outlives_its_turn(flux: Any) -> None
     holder = SimpleNamespace(transformer=flux.transformer, vae=flux.vae, text_encoder=Nulls())
     with penstock.apply(holder, offload="sequential", max_weight_memory="least"):
         given = holder.text_encoder(torch.ones(1))
-        kept = holder.text_encoder.null[None]  # read directly, while it is elsewhere or not
         denoise(flux, torch.randn(1, 4, flux.transformer.config.in_channels))
         assert torch.equal(given, torch.arange(2000.0))
         assert torch.equal(holder.text_encoder.null, torch.arange(2000.0))
-    assert kept.shape == (1, 2000)
+        denoise(flux, torch.randn(1, 4, flux.transformer.config.in_channels))
+        parts = [part for weight in (holder.text_encoder.null,) for part in weight.chunk(2)]
+        denoise(flux, torch.randn(1, 4, flux.transformer.config.in_channels))
+        assert torch.equal(torch.cat(parts), torch.arange(2000.0))
 
 
 def test_modules_of_a_placed_pipeline_are_not_placed_twice_but_may_be_used(flux: Any) -> None:
@@ -96,12 +100,14 @@ def test_modules_of_a_placed_pipeline_are_not_placed_twice_but_may_be_used(flux:
 
 
 def test_writing_to_a_weight_that_is_on_the_device_is_told(flux: Any) -> None:
+    plain = made(flux)
     with pytest.warns(UserWarning, match="changed in place"), penstock.apply(flux, offload="layerwise"):
         made(flux)
         with torch.no_grad():
             flux.vae.decoder.conv_in.weight.mul_(3)
         with pytest.raises(UsageError, match="changed in place"):
             made(flux)
+        assert is_equal(plain, made(flux))  # brought anew
         with torch.no_grad():
             flux.vae.decoder.conv_in.weight.mul_(3)
 
@@ -274,3 +280,96 @@ def test_blocks_that_a_cache_skips_stay_right(zoo_folder: Callable[[str], Path])
             pipeline.transformer.disable_cache()
     assert is_equal(pictures[0][0], pictures[1][0]) and pictures[0][1] == pictures[1][1]
     assert 0 < pictures[0][1] < 8  # some steps were skipped
+
+
+def test_child_process_does_not_touch_the_weights_of_its_parent(flux: Any) -> None:
+    latents = torch.randn(1, flux.vae.config.latent_channels, 4, 4)
+    with penstock.apply(flux, offload="sequential", max_weight_memory="least", check=True), torch.no_grad():
+        plain = flux.vae.decode(latents).sample
+        child = os.fork()
+        if child == 0:
+            signal.alarm(60)
+            denoise(flux, torch.randn(1, 4, flux.transformer.config.in_channels))
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert torch.equal(plain, flux.vae.decode(latents).sample)
+
+
+def test_weights_are_not_read_by_another_thread_while_the_pipeline_runs(flux: Any) -> None:
+    plain = made(flux)
+    refused = threading.Event()
+    over = threading.Event()
+
+    def read() -> None:
+        while not over.is_set():
+            for block in flux.transformer.single_transformer_blocks:
+                try:
+                    block.proj_out.weight.sum()
+                except GenerationError:
+                    refused.set()
+
+    with penstock.apply(flux, offload="layerwise"):
+        reader = threading.Thread(target=read)
+        reader.start()
+        try:
+            for _ in range(5):
+                try:
+                    assert is_equal(plain, made(flux))
+                except GenerationError:  # or this thread is the one that is refused
+                    refused.set()
+        finally:
+            over.set()
+            reader.join(60)
+    assert refused.is_set()
+
+
+def test_what_exchanges_weights_is_refused(flux: Any) -> None:
+    with penstock.apply(flux, offload="layerwise"):
+        for attempt in (
+            lambda: flux.load_textual_inversion("nowhere"),
+            lambda: flux.text_encoder.resize_token_embeddings(9),
+            lambda: flux.transformer.proj_out.weight.data.zero_(),
+        ):
+            with pytest.raises((ConfigError, UsageError), match="remove"):
+                attempt()
+
+
+def test_module_inside_a_wrapper_is_not_placed_twice(flux: Any) -> None:
+    wrapper = nn.Module()
+    wrapper.inner = flux.vae
+    other = SimpleNamespace(transformer=zoo.build("flux").transformer, vae=wrapper)
+    with penstock.apply(flux, offload="layerwise"), pytest.raises(ConfigError, match="placed already"):
+        penstock.apply(other, offload="layerwise")
+
+
+@pytest.mark.parametrize("number", [1, 7, 60])
+def test_interrupted_apply_leaves_the_pipeline_as_it_was(
+    flux: Any, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = made(flux)
+    make, calls = ColdTensor.of, 0
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == number:
+            raise KeyboardInterrupt
+        return make(*args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ColdTensor, "of", interrupted)
+        penstock.apply(flux, offload="layerwise")
+    assert penstock.placed_on(flux) is None and is_equal(plain, made(flux))
+    with penstock.apply(flux, offload="layerwise"):
+        assert is_equal(plain, made(flux))
+
+
+def test_removing_frees_the_device_while_the_handle_is_kept(flux: Any) -> None:
+    placed = penstock.apply(flux, offload="layerwise")
+    assert placed._streamer is not None
+    arena = weakref.ref(placed._streamer.arena)
+    made(flux)
+    placed.remove()
+    gc.collect()
+    assert arena() is None
+    assert placed.report().num_fills > 0

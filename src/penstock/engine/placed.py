@@ -30,7 +30,7 @@ from penstock.weights.maps import MappedFiles
 from penstock.weights.ranges import FileRange, Range
 
 _HANDLE = "_penstock_placed"  # the attribute of a pipeline that leads to what is placed on it
-_OWNERS: WeakKeyDictionary[nn.Module, ReferenceType[Placed]] = WeakKeyDictionary()  # by placed component
+_OWNERS: WeakKeyDictionary[nn.Module, ReferenceType[Placed]] = WeakKeyDictionary()  # by module
 _DIRECT_SHARE = 0.5  # of free host memory: files larger than this are read past the page cache
 _STORE_SHARE = 0.6  # of free host memory that pinned weights may take
 
@@ -41,6 +41,7 @@ class Placed:
     Attributes:
         pipeline: the stock pipeline, to be called as ever.
         plan: where everything is.
+        timeline: what happened when, where it was asked for.
     """
 
     def __init__(
@@ -53,17 +54,16 @@ class Placed:
         self._prompts = prompts
         self._notes = notes
         self._device_before = _device_of(pipeline)
-
-    @property
-    def timeline(self) -> Timeline | None:
-        """What happened when, where it was asked for."""
-        return self._streamer.timeline if self._streamer else None
+        self._last_report: Report | None = None
+        self.timeline = streamer.timeline if streamer else None
 
     def report(self) -> Report:
         """The effective configuration, and what was measured so far.
 
         Cost: nothing on the CPU; on CUDA it waits for the copies that were begun.
         """
+        if self._last_report is not None:
+            return self._last_report
         hits = self._prompts.num_hits
         streamer = self._streamer
         if streamer is None:
@@ -120,13 +120,16 @@ class Placed:
     def remove(self) -> None:
         """Put the pipeline back as it was; a second call does nothing.
 
-        Cost: nothing is copied; weights that were cast on the way to the device are cast again when they are used.
+        Cost: nothing, where weights have their stored dtype; those that were cast on the way to the device are cast
+        now, and take host memory.
         """
         if placed_on(self.pipeline) is not self:
             return
         self._prompts.remove()
         if self._streamer is not None:
+            self._last_report = self.report()
             self._streamer.remove()
+            self._streamer = None  # and with it the device's memory
         elif str(self._device_before) != self.plan.device:
             self.pipeline.to(self._device_before)
         for module in [module for module, owner in _OWNERS.items() if owner() is self]:
@@ -200,12 +203,19 @@ def place(
     else:
         timeline = Timeline() if trace else None
         streamer = Streamer(pipeline, planned.partition, planned.plan, _settings(planned, config, device), timeline)
-        streamer.install()
-    prompts.install()
     placed = Placed(pipeline, planned, streamer, prompts, tuple(_notes(planned, config, device)))
-    if streamer is not None:
-        _OWNERS.update((component.module, ref(placed)) for component in discover(pipeline).components)
-    vars(pipeline)[_HANDLE] = placed
+    vars(pipeline)[_HANDLE] = placed  # first: what is interrupted can be removed
+    is_whole = False
+    try:
+        if streamer is not None:
+            modules = [module for component in discover(pipeline).components for module in component.module.modules()]
+            _OWNERS.update((module, ref(placed)) for module in modules)
+            streamer.install()
+        prompts.install()
+        is_whole = True
+    finally:
+        if not is_whole:
+            placed.remove()
     return placed
 
 
@@ -225,7 +235,8 @@ def _require_unplaced(pipeline: Any) -> None:
             f"{placed.plan.promised_bytes} bytes promised. Call remove() first."
         )
     for component in discover(pipeline).components:
-        owner = _OWNERS.get(component.module, lambda: None)()
+        owners = (_OWNERS[module]() for module in component.module.modules() if module in _OWNERS)
+        owner = next((owner for owner in owners if owner is not None), None)
         if owner is not None:
             raise ConfigError(
                 f"{component.name} is placed already, as part of another {type(owner.pipeline).__name__}. Both may be "

@@ -30,6 +30,10 @@ _DESCRIBING: frozenset[Any] = frozenset(
 """What tells about a weight without needing its values."""
 
 
+_ITSELF: frozenset[Any] = frozenset({_T.detach, _T.requires_grad_, getattr(_T, "data").__get__})  # noqa: B009
+"""What gives a weight under another name, to be read or, which is refused, to be written to."""
+
+
 class ColdTensor(torch.Tensor):
     """A parameter or buffer whose values are elsewhere.
 
@@ -72,7 +76,7 @@ class ColdTensor(torch.Tensor):
             with torch._C.DisableTorchFunctionSubclass():
                 cold = args[0]
                 return f"ColdTensor(shape={tuple(cold.shape)}, dtype={cold.dtype}, device='{cold.device}')"
-        if func in (torch.Tensor.detach, torch.Tensor.requires_grad_):
+        if func in _ITSELF:
             return args[0]
         if _writes(func) and isinstance(next(iter((*args, *kwargs.values())), None), ColdTensor):
             raise UsageError(
@@ -87,9 +91,13 @@ class ColdTensor(torch.Tensor):
             *tree_map_only(ColdTensor, lambda _: next(weights), args),
             **tree_map_only(ColdTensor, lambda _: next(weights), kwargs),
         )
-        if isinstance(result, torch.Tensor) and any(_is_view(result, weight) for weight in live):
-            return _copy(result)  # a view of a place that is filled anew
-        return result
+        if func is torch.Tensor.numpy:
+            return result.copy()
+
+        def apart(value: torch.Tensor) -> torch.Tensor:  # not a view of a place that is filled anew
+            return _copy(value) if any(_is_view(value, weight) for weight in live) else value
+
+        return tree_map_only(torch.Tensor, apart, result)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickled or copied, it is its weight."""

@@ -29,25 +29,23 @@ def compile_inside(block: nn.Module) -> Callable[[], None]:
             f"a {type(block).__name__} is compiled already, and hooks would not be seen by it. "
             "Place the pipeline first, then compile its blocks."
         )
-    before: list[Any] = []  # the forward that was the block's own, where it was compiled
-    compiled: list[Any] = []
+    compiled: list[tuple[Any, Any]] = []  # the compiled forward, and the one of the block's own before it
 
     def compile_forward(*args: Any, **kwargs: Any) -> None:
-        before.append(vars(block).get("forward"))
-        compiled.append(torch.compile(block.forward, *args, **kwargs))
-        vars(block)["forward"] = compiled[-1]
+        compiled.append((torch.compile(block.forward, *args, **kwargs), vars(block).get("forward")))
+        vars(block)["forward"] = compiled[-1][0]
 
     def undo() -> None:
         if vars(block).get("compile") is compile_forward:
             del vars(block)["compile"]
         while compiled:
-            made, own = compiled.pop(), before.pop()
-            if vars(block).get("forward") is not made:
-                continue  # somebody else's by now
-            if own is None:
-                del vars(block)["forward"]
-            else:
-                vars(block)["forward"] = own
+            made, own = compiled[-1]
+            if vars(block).get("forward") is made:  # else it is somebody else's by now
+                if own is None:
+                    del vars(block)["forward"]
+                else:
+                    vars(block)["forward"] = own
+            compiled.pop()
 
     vars(block)["compile"] = compile_forward
     return undo

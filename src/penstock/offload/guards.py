@@ -21,6 +21,8 @@ _PIPELINE_METHODS = (
     "fuse_lora",
     "unfuse_lora",
     "fuse_qkv_projections",
+    "load_textual_inversion",  # these exchange the embeddings
+    "unload_textual_inversion",
 )
 _MODULE_METHODS = (
     "half",
@@ -32,6 +34,7 @@ _MODULE_METHODS = (
     "enable_layerwise_casting",
     "fuse_qkv_projections",
     "requires_grad_",
+    "resize_token_embeddings",
     "train",
 )
 _COPIES = ("__deepcopy__", "__reduce_ex__")  # found on the object itself by copy.deepcopy and pickle

@@ -87,16 +87,23 @@ class PromptCache:
         if any(getattr(owner, "peft_config", None) for owner in owners if isinstance(owner, nn.Module)):
             return None
         told = [*args, *(item for pair in sorted(kwargs.items()) for item in pair)]
-        words = [_word(value) for value in (*told, *_settings(self._pipeline), *map(_length, owners))]
+        words = [_word(value) for value in (len(args), *told, *_settings(self._pipeline), *map(_length, owners))]
         if any(word is None for word in words):
             return None
-        return (*map(id, owners), torch.is_inference_mode_enabled(), *words)
+        return (*map(id, owners), torch.is_inference_mode_enabled(), *_autocast(), *words)
 
 
 def _settings(pipeline: Any) -> list[Any]:
     """What a pipeline may ask itself when it encodes: its templates, and whether it needs a negative prompt."""
     texts = [value for _, value in sorted(vars(pipeline).items()) if isinstance(value, str)]
     return [vars(pipeline).get("_guidance_scale"), *texts]
+
+
+def _autocast() -> list[Any]:
+    """The dtype that autocast gives results, per device; None where it is off."""
+    return [
+        torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None for device in ("cpu", "cuda")
+    ]
 
 
 def _length(part: Any) -> int:

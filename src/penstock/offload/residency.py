@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
-from penstock.errors import GenerationError, UsageError
+from penstock.errors import GenerationError, PenstockError, UsageError
 from penstock.offload.cold import ColdTensor
 from penstock.offload.transfer import Ticket, Transfer
 from penstock.offload.units import Unit
@@ -141,16 +141,16 @@ class Residency:
         Raises:
             GenerationError: while a component runs on another thread.
         """
-        here = threading.get_ident()
-        if here == self._owner:
+        if threading.get_ident() == self._owner:
             return
-        frame = sys._current_frames().get(self._owner)
-        if frame is not None and _runs(frame, {id(tenant.unit.module) for tenant in self.tenants}):
-            raise GenerationError(
-                "this pipeline, or another one with the same modules, runs on another thread already. A placed "
-                "pipeline runs on one thread at a time: wait for it, or place a pipeline of its own for each thread."
-            )
-        self._owner = here
+        with self._lock:
+            frame = sys._current_frames().get(self._owner)
+            if frame is not None and _runs(frame, {id(tenant.unit.module) for tenant in self.tenants}):
+                raise GenerationError(
+                    "this pipeline, or another one with the same modules, runs on another thread already. A placed "
+                    "pipeline runs on one thread at a time: wait for it, or place one of its own for each thread."
+                )
+            self._owner = threading.get_ident()
 
     def forget_threads(self) -> None:
         """In a child process, which inherits no threads: fills in progress will never end, and locks may be held."""
@@ -161,11 +161,12 @@ class Residency:
     def install(self) -> None:
         """Put stand-ins in the place of all weights; nothing is moved yet."""
         device = self.arena.tensor.device
-        for tenant in self.tenants:
+        for tenant in self.tenants:  # all of them first: making one may fail
             tenant.cold = [
                 ColdTensor.of(weight.original, device, weight.dtype, partial(self.fetch, tenant, number), tenant)
                 for number, weight in enumerate(tenant.unit.weights)
             ]
+        for tenant in self.tenants:
             for weight, cold in zip(tenant.unit.weights, tenant.cold, strict=True):
                 weight.table[weight.key] = cold
 
@@ -176,7 +177,7 @@ class Residency:
                 if tenant.ticket is not None:
                     self._transfer.cancel(tenant.ticket)
                     tenant.ticket = None
-                for weight, cold, live in zip(tenant.unit.weights, tenant.cold, tenant.live, strict=True):
+                for weight, cold, live in zip(tenant.unit.weights, tenant.cold, tenant.live, strict=False):
                     cold.fetch = partial(weight.original.to, weight.dtype)  # for those who hold on to it
                     current = weight.table.get(weight.key)
                     if current is cold or current is live:
@@ -207,25 +208,39 @@ class Residency:
     def _operation(self) -> Iterator[None]:
         """One change of state. What Ctrl-C ended half way is undone before the next: all units cold, nothing fills."""
         with self._lock:
-            if self._was_written():
-                self._version = self.arena.tensor._version
-                raise UsageError(_WRITTEN)
-            if self._is_torn:
-                self._transfer.drain()
-                for tenant in self.tenants:
-                    tenant.ticket = None
-                    self._give_up(tenant)
-                    tenant.bind(is_live=False)
-                self._held_bytes = 0
-            self._is_torn = True
+            self.claim()
+            self.require_unwritten()
+            was_torn, self._is_torn = self._is_torn, True
             try:
+                if was_torn:
+                    self._reset()
                 yield
-            except Exception:  # told to the caller, with all states as they should be
+            except PenstockError:  # told to the caller, with all states as they should be
                 self._is_torn = False
                 raise
             finally:
                 self._version = self.arena.tensor._version
             self._is_torn = False
+
+    def _reset(self) -> None:
+        """Give everything up, fills included whose tickets were lost."""
+        self._transfer.drain()
+        for tenant in self.tenants:
+            tenant.ticket = None
+            self._give_up(tenant)
+            tenant.bind(is_live=False)
+        self._held_bytes = 0
+
+    def require_unwritten(self) -> None:
+        """Refuse to go on with weights that somebody changed in place; the next operation brings all of them anew.
+
+        Raises:
+            UsageError: saying what to do.
+        """
+        if self._was_written():
+            self._version = self.arena.tensor._version
+            self._is_torn = True
+            raise UsageError(_WRITTEN)
 
     def _was_written(self) -> bool:
         """Whether somebody changed a weight in place; torch counts writes to a storage. Not told on accelerators."""
@@ -313,6 +328,7 @@ class Residency:
 
     def fetch(self, tenant: Tenant, number: int) -> torch.Tensor:
         """The weight behind a stand-in."""
+        self.claim()
         self.ready(tenant)
         return tenant.live[number]
 
@@ -344,8 +360,8 @@ class Residency:
 
 def _storage(value: Any) -> int | None:
     """The address of a tensor's storage."""
-    is_plain = isinstance(value, torch.Tensor) and not isinstance(value, ColdTensor)
-    return value.untyped_storage().data_ptr() if is_plain and value.layout is torch.strided else None
+    is_plain = type(value) in (torch.Tensor, torch.nn.Parameter) and value.layout is torch.strided
+    return value.untyped_storage().data_ptr() if is_plain else None
 
 
 def _is_running(module: torch.nn.Module) -> bool:

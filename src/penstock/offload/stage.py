@@ -89,6 +89,7 @@ class Stage:
     def _begin(self, *_: Any) -> None:
         """The component runs: ask for its units in the order in which they will be needed."""
         self._residency.claim()
+        self._residency.require_unwritten()
         if self._clock is not None:
             self._clock.tick()
         self.schedule.begin()

@@ -5,7 +5,7 @@ Owns what `install` does and `remove` undoes. Does not know how a plan is found.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -153,7 +153,7 @@ class Streamer:
         self._undo.add(self.transfer.close)
         self._undo.add(self.residency.remove)
         self.residency.install()
-        self._undo.add(_move_fixed(self._partition, self.arena.tensor.device))
+        _move_fixed(self._partition, self.arena.tensor.device, self._undo)
         for stage in self._stages.values():
             self._undo.add(stage.remove)
             stage.install()
@@ -172,9 +172,17 @@ def _transfer(arena: Arena, timeline: Timeline | None) -> Transfer:
     return HostTransfer(arena, timeline)
 
 
-def _move_fixed(partition: Partition, device: torch.device) -> Callable[[], None]:
+def _move_fixed(partition: Partition, device: torch.device, undoing: Undo) -> None:
     """Bring what is outside of units to the device, tied tensors once."""
     moved: dict[int, torch.Tensor] = {}
+    casts: dict[int, torch.Tensor] = {}
+
+    def undo() -> None:
+        for weight in partition.fixed:
+            if weight.table.get(weight.key) is moved.get(id(weight.original), weight):
+                weight.table[weight.key] = weight.restored(casts)
+
+    undoing.add(undo)
     for weight in partition.fixed:
         tensor = weight.original
         if tensor.device == device and weight.dtype == tensor.dtype:
@@ -185,12 +193,3 @@ def _move_fixed(partition: Partition, device: torch.device) -> Callable[[], None
                 is_parameter = isinstance(tensor, torch.nn.Parameter)
                 moved[id(tensor)] = torch.nn.Parameter(there, requires_grad=False) if is_parameter else there
         weight.table[weight.key] = moved[id(tensor)]
-
-    casts: dict[int, torch.Tensor] = {}
-
-    def undo() -> None:
-        for weight in partition.fixed:
-            if weight.table.get(weight.key) is moved.get(id(weight.original), weight):
-                weight.table[weight.key] = weight.restored(casts)
-
-    return undo

@@ -168,7 +168,8 @@ def take_apart(
     inner_first = sorted(components, key=lambda component: -sum(1 for _ in _holders(component, components)))
     for component in inner_first:
         parts.append(_component_units(component, is_layerwise, claimed, dtypes or {}))
-    parts.sort(key=lambda part: [component.name for component in components].index(part.name))
+    order = {component.name: number for number, component in enumerate(components)}
+    parts.sort(key=lambda part: order[part.name])
     _require_plain(weight for part in parts for unit in part.units for weight in unit.weights)
     fixed = _set_apart_fixed(parts, locate, _adapter_tensors(components))
     shared = _set_apart_shared(parts)

@@ -34,7 +34,8 @@ class HostMemory:
     """
 
     def __init__(self, num_bytes: int, is_pinned: bool = False) -> None:
-        self._map = mmap.mmap(-1, max(align(num_bytes, PAGE_BYTES), PAGE_BYTES))
+        size = max(align(num_bytes, PAGE_BYTES), PAGE_BYTES)
+        self._map = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # a fork gets a copy of its own
         self.view = memoryview(self._map)
         with torch.inference_mode(False):
             self.tensor = torch.frombuffer(self._map, dtype=torch.uint8)

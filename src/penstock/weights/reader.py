@@ -31,6 +31,9 @@ class _Open:
     identity: tuple[int, int, int]
 
 
+_LIVING: weakref.WeakSet[FileReader] = weakref.WeakSet()  # those whose locks a fork may have caught
+
+
 class FileReader:
     """Open checkpoint files, and how many bytes were read from them.
 
@@ -47,6 +50,7 @@ class FileReader:
         self._files: dict[Path, _Open] = {}
         self.read_bytes = 0
         weakref.finalize(self, _close_all, self._files)
+        _LIVING.add(self)
 
     def open(self, file: Path) -> None:
         """Open a file, once, and remember its identity.
@@ -146,3 +150,11 @@ def _close_all(files: dict[Path, _Open]) -> None:
         os.close(file.buffered)
         if file.direct is not None:
             os.close(file.direct)
+
+
+def _after_fork() -> None:
+    for reader in list(_LIVING):
+        reader._lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_after_fork)
