@@ -125,14 +125,19 @@ def test_two_threads_on_one_placed_pipeline_are_an_error(flux: Any) -> None:
         worker = threading.Thread(target=made, args=(flux,))
         worker.start()
         assert inside.wait(60)
-        try:
-            flux.text_encoder(torch.ones(1, 4, dtype=torch.long))
-        except GenerationError as error:
-            errors.append(error)
+        cold = next(weight for weight in flux.transformer.parameters() if isinstance(weight, ColdTensor))
+        for attempt in (
+            lambda: flux.text_encoder(torch.ones(1, 4, dtype=torch.long)),
+            lambda: cold.sum(),  # a weight that is read beside the run
+        ):
+            try:
+                attempt()
+            except GenerationError as error:
+                errors.append(error)
         handle.remove()
         go_on.set()
         worker.join(60)
-        assert "another thread" in str(errors[0])
+        assert len(errors) == 2 and all("another thread" in str(error) for error in errors)
         made(flux)  # afterwards this thread may
 
 
@@ -293,34 +298,6 @@ def test_child_process_does_not_touch_the_weights_of_its_parent(flux: Any) -> No
             os._exit(0)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
         assert torch.equal(plain, flux.vae.decode(latents).sample)
-
-
-def test_weights_are_not_read_by_another_thread_while_the_pipeline_runs(flux: Any) -> None:
-    plain = made(flux)
-    refused = threading.Event()
-    over = threading.Event()
-
-    def read() -> None:
-        while not over.is_set():
-            for block in flux.transformer.single_transformer_blocks:
-                try:
-                    block.proj_out.weight.sum()
-                except GenerationError:
-                    refused.set()
-
-    with penstock.apply(flux, offload="layerwise"):
-        reader = threading.Thread(target=read)
-        reader.start()
-        try:
-            for _ in range(5):
-                try:
-                    assert is_equal(plain, made(flux))
-                except GenerationError:  # or this thread is the one that is refused
-                    refused.set()
-        finally:
-            over.set()
-            reader.join(60)
-    assert refused.is_set()
 
 
 def test_what_exchanges_weights_is_refused(flux: Any) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import enum
 import os
-import sys
 import threading
 import time
 import warnings
@@ -19,13 +18,13 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from types import FrameType
 from typing import Any
 
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
 from penstock.errors import GenerationError, PenstockError, UsageError
+from penstock.offload.calls import is_in_call, is_running
 from penstock.offload.cold import ColdTensor
 from penstock.offload.transfer import Ticket, Transfer
 from penstock.offload.units import Unit
@@ -126,6 +125,7 @@ class Residency:
         self._held_bytes = 0
         self._is_torn = False  # whether an operation was left half way, as Ctrl-C leaves one
         self._owner = threading.get_ident()
+        self._depth = 0  # components that run, one inside the other
         self._casts: dict[int, torch.Tensor] = {}
         for tenant in self.tenants:
             tenant.rivals = tuple(
@@ -135,22 +135,35 @@ class Residency:
         self._version = arena.tensor._version
         _LIVING.add(self)
 
-    def claim(self) -> None:
-        """A component runs on this thread, and its weights are this thread's until another one's run begins.
+    def begin_run(self) -> None:
+        """A component begins to run on this thread.
 
         Raises:
-            GenerationError: while a component runs on another thread.
+            GenerationError: while one runs on another thread.
         """
-        if threading.get_ident() == self._owner:
+        with self._lock:
+            self._claim()
+            self._depth += 1
+
+    def end_run(self) -> None:
+        """A component has run."""
+        self._depth = max(self._depth - 1, 0)
+
+    def _claim(self) -> None:
+        """The weights are this thread's, until another one takes them between two runs.
+
+        A run that Ctrl-C ended is not told to be over; its thread is then in no module's call any more.
+        """
+        here = threading.get_ident()
+        if here == self._owner:
             return
         with self._lock:
-            frame = sys._current_frames().get(self._owner)
-            if frame is not None and _runs(frame, {id(tenant.unit.module) for tenant in self.tenants}):
+            if self._depth and is_in_call(self._owner):
                 raise GenerationError(
                     "this pipeline, or another one with the same modules, runs on another thread already. A placed "
                     "pipeline runs on one thread at a time: wait for it, or place one of its own for each thread."
                 )
-            self._owner = threading.get_ident()
+            self._owner, self._depth = here, 0
 
     def forget_threads(self) -> None:
         """In a child process, which inherits no threads: fills in progress will never end, and locks may be held."""
@@ -208,7 +221,7 @@ class Residency:
     def _operation(self) -> Iterator[None]:
         """One change of state. What Ctrl-C ended half way is undone before the next: all units cold, nothing fills."""
         with self._lock:
-            self.claim()
+            self._claim()
             self.require_unwritten()
             was_torn, self._is_torn = self._is_torn, True
             try:
@@ -252,7 +265,7 @@ class Residency:
             return True
         for rival in tenant.rivals:
             if rival.state is State.IN_USE:
-                if is_demanded and _is_running(rival.unit.module):
+                if is_demanded and is_running(rival.unit.module):
                     raise GenerationError(
                         f"{tenant.name} runs inside {rival.name}, and both have the same place on the device. "
                         "Give a larger max_weight_memory, or --offload sequential."
@@ -328,7 +341,7 @@ class Residency:
 
     def fetch(self, tenant: Tenant, number: int) -> torch.Tensor:
         """The weight behind a stand-in."""
-        self.claim()
+        self._claim()
         self.ready(tenant)
         return tenant.live[number]
 
@@ -362,23 +375,6 @@ def _storage(value: Any) -> int | None:
     """The address of a tensor's storage."""
     is_plain = type(value) in (torch.Tensor, torch.nn.Parameter) and value.layout is torch.strided
     return value.untyped_storage().data_ptr() if is_plain else None
-
-
-def _is_running(module: torch.nn.Module) -> bool:
-    """Whether this thread is inside a module's call.
-
-    torch runs no hook after a forward that Ctrl-C ended: its unit stays marked as in use, and nobody uses it.
-    """
-    return _runs(sys._getframe(), {id(module)})
-
-
-def _runs(frame: FrameType | None, modules: set[int]) -> bool:
-    """Whether a call of one of the modules is on a thread's stack."""
-    while frame is not None:
-        if id(frame.f_locals.get("self")) in modules:
-            return True
-        frame = frame.f_back
-    return False
 
 
 def _after_fork() -> None:

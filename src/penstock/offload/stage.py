@@ -88,7 +88,7 @@ class Stage:
 
     def _begin(self, *_: Any) -> None:
         """The component runs: ask for its units in the order in which they will be needed."""
-        self._residency.claim()
+        self._residency.begin_run()
         self._residency.require_unwritten()
         if self._clock is not None:
             self._clock.tick()
@@ -106,6 +106,7 @@ class Stage:
         self._begun_s = time.perf_counter()
 
     def _end(self, module: nn.Module, args: Any, output: Any) -> Any:
+        self._residency.end_run()
         self.schedule.end()
         if self._timeline is not None and not any(tenant.unit.is_block for tenant in self._tenants):
             self._timeline.add("compute", self._tenants[0].name, self._begun_s, time.perf_counter())
