@@ -146,8 +146,9 @@ class Residency:
             self._depth += 1
 
     def end_run(self) -> None:
-        """A component has run."""
-        self._depth = max(self._depth - 1, 0)
+        """A component has run; one that was refused on another thread has not."""
+        if threading.get_ident() == self._owner:
+            self._depth = max(self._depth - 1, 0)
 
     def _claim(self) -> None:
         """The weights are this thread's, until another one takes them between two runs.
