@@ -100,7 +100,7 @@ def _named_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 def _is_stock(component_class: type, library_class: Any) -> bool:
     """Whether a class is loaded by its library's own `from_pretrained`."""
     own = getattr(getattr(component_class, "from_pretrained", None), "__func__", None)
-    return own is library_class.from_pretrained.__func__
+    return own is not None and own is getattr(library_class.from_pretrained, "__func__", None)
 
 
 def _needs_stock_loader(path: Path) -> bool:
