@@ -260,7 +260,8 @@ def test_streamed_run_reports_traces_and_draws(flux: Path, elsewhere: Path) -> N
     plain = json.loads(penstock(*asked, "--json", "--out", "plain.png").stdout)
     options = ("--offload", "layerwise", "--check", "--trace", "t.json", "--plot", "p.png", "--json")
     told = json.loads(penstock(*asked, *options, "--out", "streamed.png").stdout)
-    assert Image.open("plain.png").tobytes() == Image.open("streamed.png").tobytes()
+    with Image.open("plain.png") as one, Image.open("streamed.png") as other:
+        assert one.tobytes() == other.tobytes()
     placement = told["placement"]
     assert placement["offload"] == "layerwise" and 0 < placement["peak_bytes"] <= placement["promised_bytes"]
     assert placement["read_bytes"] > 0 == placement["written_bytes"]
@@ -268,7 +269,8 @@ def test_streamed_run_reports_traces_and_draws(flux: Path, elsewhere: Path) -> N
     assert read_facts(Path("streamed.png"))["offload"] == "layerwise"
     names = {event.get("cat") for event in json.loads(Path("t.json").read_text())["traceEvents"]}
     assert {"fill", "compute"} <= names
-    assert Image.open("p.png").width > 1000
+    with Image.open("p.png") as drawn:
+        assert drawn.width > 1000
 
 
 @pytest.mark.parametrize(
