@@ -19,16 +19,17 @@ OTHER_SOURCES = [
     *sorted((ROOT / "tests").rglob("*.py")),
 ]
 
-NOUNS = {"plan", "report", "bytesize", "config", "errors", "machine", "profile", "request", "timeline"}
+NOUNS = {"plan", "report", "bytesize", "config", "errors", "machine", "profile", "request", "timeline", "undo"}
 MAY_IMPORT = {
     **{noun: NOUNS for noun in NOUNS},
     "weights": NOUNS,
     "models": NOUNS | {"weights"},
     "planner": NOUNS,
     "offload": NOUNS | {"weights", "models"},
+    "distributed": NOUNS | {"models"},
     "media": NOUNS,
-    "engine": NOUNS | {"weights", "models", "planner", "offload"},
-    "cli": NOUNS | {"weights", "models", "media", "planner", "offload", "engine"},
+    "engine": NOUNS | {"weights", "models", "planner", "offload", "distributed"},
+    "cli": NOUNS | {"weights", "models", "media", "planner", "offload", "distributed", "engine"},
 }
 TORCH_FREE = NOUNS | {"media", "planner", "cli"}
 HEAVY = {"torch", "diffusers", "transformers", "accelerate"}

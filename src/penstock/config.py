@@ -7,6 +7,7 @@ Does not know torch, files, or how an option is carried out.
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from dataclasses import dataclass, field, fields
 from typing import Any, Self, TypeVar
@@ -128,6 +129,79 @@ class OffloadConfig:
     def prompt_cache_bytes(self) -> int:
         """`prompt_cache` in bytes."""
         return parse_bytes(self.prompt_cache, "prompt_cache")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How the work is split over ranks; 1 is off.
+
+    Raises:
+        ConfigError: for a size below 1, and for VAE ranks that do not fit the denoiser's.
+    """
+
+    data_parallel_size: int = option(1, "Groups of ranks that each make pictures of their own.", "N")
+    cfg_parallel_size: int = option(1, "Ranks that the branches of guidance (or a batch) are split over.", "N")
+    pipeline_parallel_size: int = option(1, "Ranks that each hold a run of the denoiser's blocks.", "N")
+    ring_degree: int = option(1, "Ranks that pass keys and values around, each with a part of the sequence.", "N")
+    ulysses_degree: int = option(1, "Ranks that trade parts of the sequence for attention heads.", "N")
+    tensor_parallel_size: int = option(1, "Ranks that each hold a slice of every layer.", "N")
+    vae_patch_parallel_size: int = option(1, "Ranks that the tiles of the VAE are spread over.", "N")
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if type(value) is not int or value < 1:
+                raise ConfigError(f"{item.name}={value!r} is not a whole number from 1 up. 1 switches it off.")
+        ranks, tiles = self.denoiser_size, self.vae_patch_parallel_size
+        if ranks % tiles and tiles % ranks:
+            raise ConfigError(
+                f"vae_patch_parallel_size({tiles}) and {self.equation()} = {ranks} ranks: neither divides the other, "
+                f"so that tiles cannot be spread evenly. Try --vae-patch-parallel-size {math.gcd(ranks, tiles)}."
+            )
+
+    @property
+    def denoiser_size(self) -> int:
+        """Ranks that one denoising step is split over."""
+        return math.prod(
+            (
+                self.cfg_parallel_size,
+                self.pipeline_parallel_size,
+                self.ring_degree,
+                self.ulysses_degree,
+                self.tensor_parallel_size,
+            )
+        )
+
+    @property
+    def copies(self) -> int:
+        """Ranks that do the same denoising, so that there are enough for the VAE's tiles."""
+        return max(self.vae_patch_parallel_size // self.denoiser_size, 1)
+
+    @property
+    def sequence_size(self) -> int:
+        """Ranks that one sequence is split over: `ulysses_degree * ring_degree`."""
+        return self.ulysses_degree * self.ring_degree
+
+    @property
+    def world_size(self) -> int:
+        """Ranks in all."""
+        return self.data_parallel_size * self.copies * self.denoiser_size
+
+    def equation(self) -> str:
+        """The degrees that are on and their product, such as `ulysses(2) * cfg(2)`."""
+        return " * ".join(f"{name}({size})" for name, size in self.axes().items() if size > 1) or "nothing split (1)"
+
+    def axes(self) -> dict[str, int]:
+        """The size of every axis of the mesh, outermost first; neighbouring ranks differ in the last."""
+        return {
+            "data": self.data_parallel_size,
+            "copies": self.copies,
+            "cfg": self.cfg_parallel_size,
+            "pipeline": self.pipeline_parallel_size,
+            "ring": self.ring_degree,
+            "ulysses": self.ulysses_degree,
+            "tensor": self.tensor_parallel_size,
+        }
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,8 +17,8 @@ from penstock.offload.clock import StepClock
 from penstock.offload.compiled import compile_inside
 from penstock.offload.residency import Residency, State, Tenant
 from penstock.offload.schedule import Schedule
-from penstock.offload.undo import Undo
 from penstock.timeline import Timeline
+from penstock.undo import Undo
 
 
 class Stage:

@@ -19,10 +19,10 @@ from penstock.offload.residency import Residency, Tenant
 from penstock.offload.stage import Stage
 from penstock.offload.states import whole_states
 from penstock.offload.transfer import HostTransfer, Transfer
-from penstock.offload.undo import Undo
 from penstock.offload.units import Partition, Unit
 from penstock.plan import Plan
 from penstock.timeline import Timeline
+from penstock.undo import Undo
 from penstock.weights.host import HostStore
 from penstock.weights.layout import Layout, packed, paged
 from penstock.weights.memory import Arena

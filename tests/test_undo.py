@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from penstock.offload.undo import Undo
+from penstock.undo import Undo
 
 
 def test_steps_run_once_the_last_first_and_an_interrupted_one_runs_again() -> None:

@@ -1,0 +1,1 @@
+"""Splitting the work over ranks: sequence, tensor, guidance, pipeline and VAE parallelism."""

@@ -1,0 +1,246 @@
+"""Who this process is among its ranks: what torchrun, Slurm, Open MPI and MPICH tell their processes.
+
+Owns the variables of launchers, and the process groups that a rank starts. torch is imported only when a rank joins
+the others: a launcher reads the environment without it. Does not know what ranks do together.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from penstock.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+_LOOPBACK = "127.0.0.1"
+_PORTS = range(20_000, 30_000)  # below those that systems hand out by themselves
+_TIMEOUT = timedelta(minutes=10)
+_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_LIST_ITEM = re.compile(r"((?:[^,\[]|\[[^\]]*\])+)(?:,|$)")
+_REPEATED = re.compile(r"(\d+)(?:\(x(\d+)\))?")
+_started = False
+
+
+@dataclass(frozen=True)
+class RankEnvironment:
+    """What a launcher told this process.
+
+    Attributes:
+        rank: from 0, over all machines.
+        world_size: number of ranks.
+        local_rank: from 0, on this machine.
+        local_world_size: number of ranks on this machine.
+        host: of rank 0.
+        port: on which rank 0 listens.
+
+    Raises:
+        ConfigError: for numbers that contradict each other.
+    """
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    host: str
+    port: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.world_size:
+            raise ConfigError(f"the launcher says rank {self.rank} of {self.world_size}. Ranks count from 0 up.")
+        if not 0 <= self.local_rank < self.local_world_size <= self.world_size:
+            raise ConfigError(
+                f"the launcher says local rank {self.local_rank} of {self.local_world_size}, of {self.world_size} "
+                "ranks in all. Local ranks count from 0 up on each machine."
+            )
+        if not 0 < self.port < 2**16:
+            raise ConfigError(f"MASTER_PORT={self.port} is no port. Give a number from 1 to 65535.")
+
+
+def read_environment(environ: Mapping[str, str] = os.environ) -> RankEnvironment | None:
+    """Who this process is among ranks that a launcher started; None for a process on its own.
+
+    One rank alone is a process on its own, and so is the shell of a Slurm allocation: only tasks of a step are ranks.
+
+    Raises:
+        ConfigError: where a launcher's variables are incomplete, or contradict each other.
+    """
+    for read in (_read_torchrun, _read_open_mpi, _read_mpich, _read_slurm):
+        found = read(environ)
+        if found is not None:
+            return found if found.world_size > 1 else None
+    _refuse_half(environ)
+    return None
+
+
+def _refuse_half(environ: Mapping[str, str]) -> None:
+    """Refuse a process that was told a rank or a number of ranks, but not both."""
+    for pair in (_TORCHRUN[:2], ("PMI_RANK", "PMI_SIZE")):
+        given = [name for name in pair if name in environ]
+        if given and (len(given) == 1 or pair[0] == "PMI_RANK") and environ.get(pair[1]) != "1":
+            needed = _TORCHRUN if pair == _TORCHRUN[:2] else (*pair, "MPI_LOCALRANKID", "MPI_LOCALNRANKS")
+            raise _incomplete(environ, needed)
+
+
+def _read_torchrun(environ: Mapping[str, str]) -> RankEnvironment | None:
+    if not {"RANK", "WORLD_SIZE"} <= environ.keys():
+        return None
+    if _number(environ, "WORLD_SIZE") == 1:
+        return RankEnvironment(_number(environ, "RANK"), 1, 0, 1, _LOOPBACK, _PORTS[0])
+    if not environ.keys() >= set(_TORCHRUN):
+        raise _incomplete(environ, _TORCHRUN)
+    rank, world_size, local_rank, local_world_size = (_number(environ, name) for name in _TORCHRUN[:4])
+    port = _number(environ, "MASTER_PORT")
+    return RankEnvironment(rank, world_size, local_rank, local_world_size, environ["MASTER_ADDR"], port)
+
+
+def _read_open_mpi(environ: Mapping[str, str]) -> RankEnvironment | None:
+    names = tuple(f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE"))
+    job = environ.get("PMIX_NAMESPACE", "") or environ.get("OMPI_MCA_ess_base_jobid", "")
+    return _read_mpi(environ, names, job) if environ.keys() & set(names) else None
+
+
+def _read_mpich(environ: Mapping[str, str]) -> RankEnvironment | None:
+    names = ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")
+    return _read_mpi(environ, names, environ.get("PMI_ID", "")) if "MPI_LOCALRANKID" in environ else None
+
+
+def _read_mpi(environ: Mapping[str, str], names: tuple[str, ...], job: str) -> RankEnvironment:
+    """Read rank, size, local rank and local size; MPI tells no rank where rank 0 is."""
+    if not environ.keys() >= set(names):
+        raise _incomplete(environ, names)
+    rank, world_size, local_rank, local_world_size = (_number(environ, name) for name in names)
+    if local_world_size < world_size and "MASTER_ADDR" not in environ:
+        raise ConfigError(
+            f"rank {rank} of {world_size} runs on one of several machines, and MPI does not say where rank 0 is. "
+            "Set MASTER_ADDR to its host name for all ranks (mpirun -x MASTER_ADDR=..., mpiexec -genv MASTER_ADDR ...)."
+        )
+    host = environ.get("MASTER_ADDR", _LOOPBACK)
+    return RankEnvironment(rank, world_size, local_rank, local_world_size, host, _port(environ, job))
+
+
+def _read_slurm(environ: Mapping[str, str]) -> RankEnvironment | None:
+    """Read a task of a step. The shell of an allocation has a SLURM_PROCID as well, but no step, or one of one task."""
+    if not {"SLURM_PROCID", "SLURM_STEP_ID"} <= environ.keys():
+        return None
+    num_tasks = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environ else "SLURM_NTASKS"
+    nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST", "")
+    needed = ("SLURM_PROCID", num_tasks, "SLURM_LOCALID")
+    if not environ.keys() >= set(needed):
+        raise _incomplete(environ, needed)
+    rank, world_size, local_rank = (_number(environ, name) for name in needed)
+    host = environ.get("MASTER_ADDR") or first_host(nodes)
+    port = _port(environ, f"{environ.get('SLURM_JOB_ID', '')}.{environ['SLURM_STEP_ID']}")
+    return RankEnvironment(rank, world_size, local_rank, _slurm_local_size(environ, world_size), host, port)
+
+
+def _slurm_local_size(environ: Mapping[str, str], world_size: int) -> int:
+    """Tasks on this machine: `2(x3),1` says two on each of the first three, one on the last."""
+    for name in ("SLURM_STEP_TASKS_PER_NODE", "SLURM_TASKS_PER_NODE"):
+        counts = [
+            int(count) for count, times in _REPEATED.findall(environ.get(name, "")) for _ in range(int(times or 1))
+        ]
+        node = int(environ.get("SLURM_NODEID", "0"))
+        if node < len(counts) and sum(counts) == world_size:
+            return counts[node]
+    if "SLURM_NTASKS_PER_NODE" in environ:
+        return min(_number(environ, "SLURM_NTASKS_PER_NODE"), world_size)
+    nodes = environ.get("SLURM_STEP_NUM_NODES") or environ.get("SLURM_JOB_NUM_NODES", "1")
+    return -(-world_size // int(nodes))
+
+
+def first_host(nodes: str) -> str:
+    """The first host of a Slurm node list: `gpu-[03-05,9],login` begins with `gpu-03`.
+
+    Raises:
+        ConfigError: for a list without hosts.
+    """
+    match = _LIST_ITEM.match(nodes)
+    if match is None:
+        raise ConfigError(f"Slurm's node list {nodes!r} names no host. Set MASTER_ADDR to that of rank 0.")
+    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", match[1])
+
+
+def _port(environ: Mapping[str, str], job: str) -> int:
+    """MASTER_PORT, or one that all ranks of a job compute alike."""
+    if "MASTER_PORT" in environ:
+        return _number(environ, "MASTER_PORT")
+    return _PORTS[zlib.crc32(job.encode()) % len(_PORTS)]
+
+
+def _number(environ: Mapping[str, str], name: str) -> int:
+    text = environ[name]
+    if not re.fullmatch(r"\d{1,9}", text):
+        raise ConfigError(f"{name}={text!r} is not a whole number. Unset it, or let a launcher set it.")
+    return int(text)
+
+
+def _incomplete(environ: Mapping[str, str], needed: tuple[str, ...]) -> ConfigError:
+    given = ", ".join(f"{name}={environ[name]}" for name in needed if name in environ)
+    lacking = ", ".join(name for name in needed if name not in environ)
+    return ConfigError(
+        f"{given} and no {lacking}: a rank needs all of them. Start with torchrun, srun or mpirun, or unset them to "
+        "run as one process."
+    )
+
+
+def start(environment: RankEnvironment, device: torch.device, timeout: timedelta = _TIMEOUT) -> None:
+    """Join the other ranks; groups that exist already, because the user made them, are left as they are.
+
+    Args:
+        environment: who this process is.
+        device: where its pipeline runs. On CUDA the rank's own device becomes the current one: that of its local
+            rank, or the only one that its launcher lets it see.
+        timeout: for the start, and for every exchange.
+
+    Raises:
+        ConfigError: where this machine has fewer CUDA devices than ranks.
+
+    Cost: waits for all ranks.
+    """
+    import torch
+    import torch.distributed as dist
+
+    global _started
+    if dist.is_initialized():
+        return
+    own = None
+    if device.type == "cuda":
+        own = torch.device("cuda", _device_index(environment, torch.cuda.device_count()))
+        torch.cuda.set_device(own)
+    dist.init_process_group(
+        "gloo" if own is None else "cpu:gloo,cuda:nccl",
+        init_method=f"tcp://{environment.host}:{environment.port}",
+        rank=environment.rank,
+        world_size=environment.world_size,
+        timeout=timeout,
+        device_id=own,
+    )
+    _started = True
+
+
+def _device_index(environment: RankEnvironment, num_devices: int) -> int:
+    if environment.local_rank < num_devices >= environment.local_world_size:
+        return environment.local_rank
+    if num_devices == 1 and "CUDA_VISIBLE_DEVICES" in os.environ:
+        return 0  # bound by its launcher; were it not, NCCL would say that two ranks share a device
+    raise ConfigError(
+        f"{environment.local_world_size} ranks run on this machine, and it has {num_devices} CUDA devices: each rank "
+        "needs its own. Start fewer, or give --device cpu."
+    )
+
+
+def stop() -> None:
+    """Leave the groups that `start` made; those of somebody else are left as they are."""
+    import torch.distributed as dist
+
+    global _started
+    if _started and dist.is_initialized():
+        dist.destroy_process_group()
+    _started = False

@@ -1,0 +1,150 @@
+"""Ranks that exchange tensors with each other: the only place that calls torch's collectives.
+
+Owns what is sent and how it is counted. Does not know what the tensors mean, or how the ranks came to be.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Work(Protocol):
+    """An exchange that is under way."""
+
+    def wait(self) -> Any:
+        """Block until it is done."""
+
+
+class Traffic:
+    """What this rank exchanged: calls and bytes received from others, by operation.
+
+    An all-reduce counts as reduce-scatter and all-gather, 2 (n - 1) / n of its bytes, whatever the library does.
+    """
+
+    def __init__(self) -> None:
+        self.num_calls: Counter[str] = Counter()
+        self.received_bytes: Counter[str] = Counter()
+
+    def add(self, operation: str, num_bytes: int) -> None:
+        """Count one call."""
+        self.num_calls[operation] += 1
+        self.received_bytes[operation] += num_bytes
+
+    def clear(self) -> None:
+        """Start again from nothing."""
+        self.num_calls.clear()
+        self.received_bytes.clear()
+
+
+@dataclass(frozen=True)
+class Group:
+    """The ranks along one axis of the mesh, as this rank sees them.
+
+    All of them must call the same methods in the same order, with tensors of the same shape and dtype.
+
+    Attributes:
+        name: of the axis.
+        rank: of this process within the group.
+        ranks: global ranks, in order.
+        process_group: torch's; None where the group has one rank, and nothing is exchanged.
+        traffic: what was exchanged so far.
+    """
+
+    name: str
+    rank: int
+    ranks: tuple[int, ...]
+    process_group: dist.ProcessGroup | None
+    traffic: Traffic = field(default_factory=Traffic, compare=False)
+
+    @property
+    def size(self) -> int:
+        """Number of ranks."""
+        return len(self.ranks)
+
+    def all_gather(self, tensor: Tensor) -> list[Tensor]:
+        """Every rank's tensor, in rank order; one's own is not copied where the group has one rank."""
+        if self.size == 1:
+            return [tensor]
+        tensor = tensor.contiguous()
+        parts = [torch.empty_like(tensor) for _ in self.ranks]
+        dist.all_gather([_sendable(part) for part in parts], _sendable(tensor), group=self.process_group)
+        self.traffic.add("all_gather", (self.size - 1) * tensor.nbytes)
+        return parts
+
+    def all_to_all(self, tensor: Tensor) -> Tensor:
+        """Trade parts: `out[i]` is what rank i had in its `tensor[own rank]`.
+
+        Args:
+            tensor: (size, ...).
+        """
+        if self.size == 1:
+            return tensor
+        tensor = tensor.contiguous()
+        traded = torch.empty_like(tensor)
+        dist.all_to_all_single(_sendable(traded), _sendable(tensor), group=self.process_group)
+        self.traffic.add("all_to_all", tensor.nbytes * (self.size - 1) // self.size)
+        return traded
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        """The sum over all ranks, in place where `tensor` is contiguous."""
+        if self.size == 1:
+            return tensor
+        tensor = tensor.contiguous()
+        dist.all_reduce(tensor, group=self.process_group)
+        self.traffic.add("all_reduce", 2 * tensor.nbytes * (self.size - 1) // self.size)
+        return tensor
+
+    def broadcast(self, tensor: Tensor, source: int) -> Tensor:
+        """Overwrite `tensor` (contiguous) with that of group rank `source`."""
+        if self.size == 1:
+            return tensor
+        dist.broadcast(_sendable(tensor), src=self.ranks[source], group=self.process_group)
+        self.traffic.add("broadcast", tensor.nbytes if self.rank != source else 0)
+        return tensor
+
+    def shift(self, tensor: Tensor) -> tuple[Tensor, Sequence[Work]]:
+        """Begin to send `tensor` to the next rank and to receive the previous one's; wait before either is touched."""
+        tensor = tensor.contiguous()
+        received = torch.empty_like(tensor)
+        onto, source = self.ranks[(self.rank + 1) % self.size], self.ranks[(self.rank - 1) % self.size]
+        works = dist.batch_isend_irecv(
+            [
+                dist.P2POp(dist.isend, _sendable(tensor), onto, self.process_group),
+                dist.P2POp(dist.irecv, _sendable(received), source, self.process_group),
+            ]
+        )
+        self.traffic.add("shift", tensor.nbytes)
+        return received, works
+
+    def send(self, tensor: Tensor, onto: int) -> Work:
+        """Begin to send a contiguous tensor to group rank `onto`; it must stay unchanged until the wait returns."""
+        work = dist.isend(_sendable(tensor), self.ranks[onto], group=self.process_group)
+        self.traffic.add("send", 0)
+        assert work is not None  # only of ranks outside the group
+        return work
+
+    def receive(self, tensor: Tensor, source: int) -> Work:
+        """Begin to fill a contiguous tensor with the next that group rank `source` sends here."""
+        work = dist.irecv(_sendable(tensor), self.ranks[source], group=self.process_group)
+        self.traffic.add("receive", tensor.nbytes)
+        assert work is not None
+        return work
+
+    def barrier(self) -> None:
+        """Wait for all."""
+        if self.size > 1:
+            dist.barrier(group=self.process_group)
+
+
+def _sendable(tensor: Tensor) -> Tensor:
+    """A view that every library can send: bytes in place of 8-bit floats, numbers in place of bits."""
+    if tensor.dtype == torch.bool or (tensor.dtype.is_floating_point and tensor.dtype.itemsize == 1):
+        return tensor.view(torch.uint8)
+    return tensor

@@ -1,0 +1,105 @@
+"""One mesh of ranks: which group of ranks shares which part of the work.
+
+    world = data * copies * cfg * pipeline * ring * ulysses * tensor, the last axis over neighbouring ranks
+
+Owns the order of the axes and the groups along them. Does not know what is exchanged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from penstock.config import ParallelConfig
+from penstock.distributed.group import Group, Traffic
+from penstock.errors import ConfigError
+
+AXES = tuple(ParallelConfig().axes())
+_JOINED = ("sequence", "vae", "replica", "world")
+_MESHES: dict[Any, Mesh] = {}
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """The groups that this rank belongs to.
+
+    Attributes:
+        config: the degrees.
+        device_mesh: torch's, with all of `AXES`; None in a single process without ranks.
+        groups: by axis; besides these `sequence` (ring and ulysses together), `vae` (neighbouring ranks that share
+            the tiles), `replica` (all ranks that make one picture together) and `world`.
+    """
+
+    config: ParallelConfig
+    device_mesh: DeviceMesh | None
+    groups: Mapping[str, Group]
+
+    def __getitem__(self, axis: str) -> Group:
+        return self.groups[axis]
+
+    def traffic(self) -> dict[str, Traffic]:
+        """What this rank exchanged so far, by axis."""
+        return {name: group.traffic for name, group in self.groups.items() if group.traffic.num_calls}
+
+
+def build_mesh(config: ParallelConfig, device_type: str) -> Mesh:
+    """The mesh of a configuration, over all ranks that were started; made once per configuration.
+
+    Args:
+        config: the degrees.
+        device_type: `cuda` or `cpu`.
+
+    Raises:
+        ConfigError: where the degrees do not multiply to the number of ranks that were started.
+
+    Cost: every rank must call it; torch makes one communicator per group of more than one rank.
+    """
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    if config.world_size != world_size:
+        raise ConfigError(_mismatch(config, world_size))
+    if not dist.is_initialized():
+        return Mesh(config, None, {name: Group(name, 0, (0,), None) for name in (*AXES, *_JOINED)})
+    key = (dist.group.WORLD, device_type, config)
+    if key not in _MESHES:
+        _MESHES.clear()  # those of a world that has ended keep nothing alive
+        _MESHES[key] = _build(config, device_type)
+    return _MESHES[key]
+
+
+def _build(config: ParallelConfig, device_type: str) -> Mesh:
+    sizes = tuple(config.axes().values())
+    ranks = torch.arange(config.world_size).view(sizes)
+    whole = DeviceMesh(device_type, ranks, mesh_dim_names=AXES)
+    groups = {axis: _group(axis, whole[axis]) for axis in AXES}
+    rows = {
+        "sequence": ranks.movedim(-1, 0).reshape(-1, config.sequence_size),
+        "vae": ranks.view(-1, config.vae_patch_parallel_size),
+        "replica": ranks.view(config.data_parallel_size, -1),
+        "world": ranks.view(1, -1),
+    }
+    for name, row in rows.items():
+        groups[name] = _group(name, DeviceMesh(device_type, row, mesh_dim_names=("others", name))[name])
+    return Mesh(config, whole, groups)
+
+
+def _group(name: str, line: DeviceMesh) -> Group:
+    ranks = tuple(line.mesh.tolist())
+    return Group(name, line.get_local_rank(), ranks, line.get_group() if len(ranks) > 1 else None)
+
+
+def _mismatch(config: ParallelConfig, world_size: int) -> str:
+    wanted = config.world_size
+    if world_size == 1:
+        return (
+            f"{config.equation()} = {wanted} ranks, and one is running. Start {wanted}: torchrun --nproc-per-node "
+            f"{wanted} your_script.py; `penstock generate` and `penstock verify` start them by themselves."
+        )
+    fit = "fewer ranks" if world_size > wanted else "smaller degrees"
+    whole = world_size % wanted == 0
+    advice = f"--data-parallel-size {config.data_parallel_size * world_size // wanted}" if whole else fit
+    return f"{config.equation()} = {wanted} is not world_size({world_size}). Every rank needs its part: try {advice}."

@@ -1,0 +1,1 @@
+"""What has to be known of a denoiser class to split it: one row of data per class."""

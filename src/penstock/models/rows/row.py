@@ -1,0 +1,105 @@
+"""What a row says: which arguments of a stack's blocks carry which stream of tokens, and which streams attention sees.
+
+A *stream* is one sequence of tokens: `img`, `txt`, `vid`, `aud`. A *layout* is how a tensor carries streams along one
+dim, written as text: `"img"` (along dim 1), `"img:0"` (along dim 0), `"txt+img:2"` (text, then image, along dim 2).
+An empty layout stands for a tensor that carries none.
+
+    Row(
+        stacks=(
+            StackRow(
+                "transformer_blocks",
+                takes={"hidden_states": "img", "encoder_hidden_states": "txt", "image_rotary_emb": ("txt+img:0",) * 2},
+                gives=("txt", "img"),
+            ),
+        ),
+        attention={"attn": "txt+img"},
+    )
+
+Owns the notation. Does not know ranks, or the classes themselves.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+Layouts = str | tuple[str, ...]
+"""The layout of an argument; a tuple where the argument is a tuple or list of tensors."""
+
+_LAYOUT = re.compile(r"([a-z]\w*(?:\+[a-z]\w*)*)(?::(-?\d+))?")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one tensor carries streams.
+
+    Attributes:
+        streams: one after another; empty for a tensor that carries none.
+        dim: along which they lie.
+    """
+
+    streams: tuple[str, ...]
+    dim: int = 1
+
+    @classmethod
+    def of(cls, text: str) -> Layout:
+        """Read the notation.
+
+        Raises:
+            ValueError: for text that is no layout.
+        """
+        if not text:
+            return cls(())
+        match = _LAYOUT.fullmatch(text)
+        if match is None:
+            raise ValueError(f"{text!r} is no layout. Write streams and a dim, such as 'txt+img:1'.")
+        return cls(tuple(match[1].split("+")), int(match[2] or 1))
+
+
+@dataclass(frozen=True)
+class StackRow:
+    """The blocks of one list, which all take and give the same.
+
+    Attributes:
+        path: of the list in the denoiser.
+        takes: by argument of the block's forward, what it carries. Arguments that are left out are whole on every
+            rank, and equal for all tokens.
+        gives: what the block returns, in order; a single layout where it returns one tensor.
+        is_apart: code between the blocks needs the streams whole: they are gathered after every block.
+    """
+
+    path: str
+    takes: Mapping[str, Layouts]
+    gives: tuple[str, ...]
+    is_apart: bool = False
+
+
+@dataclass(frozen=True)
+class Row:
+    """How the tokens of one denoiser class can be split.
+
+    Attributes:
+        stacks: in the order in which they run; streams stay cut from one to the next, and are gathered after the last.
+        attention: by regular expression over the path of a module in a block, the streams that its attention sees:
+            one text where queries and keys are the same tokens, else (queries, keys). Attention that is not named
+            has keys that are whole on every rank, and runs as it is.
+        whole: streams that stay whole on every rank: short ones, and those that code between blocks needs.
+        residuals: arguments of the denoiser's forward that are added to the tokens between blocks (those of a
+            ControlNet): where one is given, streams are gathered after every block.
+        refuses: by argument of the denoiser's forward, why a call that gives it cannot be split.
+    """
+
+    stacks: tuple[StackRow, ...]
+    attention: Mapping[str, str | tuple[str, str]]
+    whole: tuple[str, ...] = ()
+    residuals: tuple[str, ...] = ()
+    refuses: Mapping[str, str] = field(default_factory=dict)
+
+    def streams_of(self, path: str) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
+        """The streams of the queries and of the keys of a module in a block; None where it is not named."""
+        for pattern, seen in self.attention.items():
+            if re.fullmatch(pattern, path):
+                queries, keys = (seen, seen) if isinstance(seen, str) else seen
+                return Layout.of(queries).streams, Layout.of(keys).streams
+        return None

@@ -1,0 +1,78 @@
+"""Exchanges, and how they are counted."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from penstock.config import ParallelConfig
+from penstock.distributed.group import Group
+from penstock.distributed.mesh import build_mesh
+from tests.ranks import run_ranks
+
+DTYPES = [torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn]
+
+
+def world() -> Group:
+    group = build_mesh(ParallelConfig(ulysses_degree=2, ring_degree=2), "cpu")["sequence"]
+    group.traffic.clear()
+    return group
+
+
+def numbered(rank: int, dtype: torch.dtype) -> torch.Tensor:
+    return (torch.arange(8) + rank).view(4, 2).to(dtype)
+
+
+def exchange(dtype: torch.dtype) -> None:
+    group = world()
+    mine = numbered(group.rank, dtype)
+    for rank, part in enumerate(group.all_gather(mine.t())):
+        assert torch.equal(part.float(), numbered(rank, dtype).t().float())
+    traded = group.all_to_all(mine)
+    for rank in range(4):
+        assert torch.equal(traded[rank].float(), numbered(rank, dtype)[group.rank].float())
+    received, works = group.shift(mine)
+    for work in works:
+        work.wait()
+    assert torch.equal(received.float(), numbered((group.rank - 1) % 4, dtype).float())
+    shared = group.broadcast(mine.clone(), 2)
+    assert torch.equal(shared.float(), numbered(2, dtype).float())
+    assert group.traffic.received_bytes["all_gather"] == 3 * mine.nbytes
+    assert group.traffic.received_bytes["all_to_all"] == 3 * mine.nbytes // 4
+    assert group.traffic.received_bytes["shift"] == mine.nbytes
+    assert group.traffic.received_bytes["broadcast"] == (0 if group.rank == 2 else mine.nbytes)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_exchange_of_every_dtype(dtype: torch.dtype) -> None:
+    run_ranks(4, exchange, dtype)
+
+
+def reduce_and_send() -> None:
+    group = world()
+    total = group.all_reduce(torch.full((3,), float(group.rank)))
+    assert total.tolist() == [6.0] * 3
+    assert group.traffic.received_bytes["all_reduce"] == 2 * 12 * 3 // 4
+    buffer = torch.empty(2)
+    if group.rank == 0:
+        group.send(torch.tensor([1.0, 2.0]), onto=3).wait()
+    if group.rank == 3:
+        group.receive(buffer, source=0).wait()
+        assert buffer.tolist() == [1.0, 2.0]
+        assert group.traffic.received_bytes["receive"] == 8
+    group.barrier()
+
+
+def test_reduce_and_send() -> None:
+    run_ranks(4, reduce_and_send)
+
+
+def test_a_group_of_one_exchanges_nothing() -> None:
+    group = Group("ring", 0, (0,), None)
+    tensor = torch.ones(1, 3)
+    assert group.all_gather(tensor)[0] is tensor
+    assert group.all_to_all(tensor) is tensor
+    assert group.all_reduce(tensor) is tensor
+    assert group.broadcast(tensor, 0) is tensor
+    group.barrier()
+    assert not group.traffic.num_calls

@@ -1,0 +1,139 @@
+"""Several gloo ranks on this machine, kept for the whole run: they start once and then take one job after another.
+
+    results = run_ranks(4, a_function_of_a_module, its, arguments)     # one result per rank
+
+The function runs on every rank at once. Ranks fork from a server that has imported the libraries already.
+"""
+
+from __future__ import annotations
+
+import atexit
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import pytest
+
+_PRELOADED = ["torch", "torch.distributed", "diffusers", "diffusers.models.transformers", "transformers", "numpy"]
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(_PRELOADED)
+_TIMEOUT_S = 120.0
+_POOLS: dict[int, Pool] = {}
+
+
+class RankError(AssertionError):
+    """A rank raised, ended or hung; holds what the ranks said."""
+
+
+class Pool:
+    """Ranks that wait for jobs."""
+
+    def __init__(self, world_size: int) -> None:
+        port = _free_port()
+        self.ends: list[Connection] = []
+        self.processes = []
+        for rank in range(world_size):
+            ours, theirs = _CONTEXT.Pipe()
+            process = _CONTEXT.Process(target=_serve, args=(theirs, rank, world_size, port), daemon=True)
+            process.start()
+            theirs.close()
+            self.ends.append(ours)
+            self.processes.append(process)
+
+    def run(self, function: Callable[..., Any], arguments: tuple[Any, ...], timeout_s: float) -> list[Any]:
+        for end in self.ends:
+            end.send((function, arguments))
+        results: dict[int, Any] = {}
+        failures: list[str] = []
+        waiting = {end: rank for rank, end in enumerate(self.ends)}
+        while waiting:
+            ready = wait(list(waiting), timeout=timeout_s if not failures else 3.0)
+            if not ready:
+                failures.append(f"ranks {sorted(waiting.values())} did not answer")
+                break
+            for end in ready:
+                rank = waiting.pop(end)
+                try:
+                    has_worked, value = end.recv()
+                except EOFError:
+                    has_worked, value = False, "ended"
+                if has_worked:
+                    results[rank] = value
+                else:
+                    failures.append(f"rank {rank}: {value}")
+        if failures:
+            raise RankError("\n".join(failures))
+        return [results[rank] for rank in sorted(results)]
+
+    def close(self) -> None:
+        for end in self.ends:
+            end.close()
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+
+def run_ranks(
+    world_size: int, function: Callable[..., Any], *arguments: Any, timeout_s: float = _TIMEOUT_S
+) -> list[Any]:
+    """Runs `function(*arguments)` on every rank of a gloo world and returns the results in rank order.
+
+    Args:
+        world_size: Number of ranks.
+        function: At the top of a module.
+        *arguments: What pickle takes.
+        timeout_s: After which a silent rank counts as hung.
+
+    Raises:
+        RankError: With the traceback of each rank that raised. The ranks are replaced by fresh ones.
+    """
+    if world_size not in _POOLS:
+        _POOLS[world_size] = Pool(world_size)
+    try:
+        return _POOLS[world_size].run(function, arguments, timeout_s)
+    except BaseException:
+        _POOLS.pop(world_size).close()
+        raise
+
+
+@atexit.register
+def close_all() -> None:
+    """Ends all ranks."""
+    while _POOLS:
+        _POOLS.popitem()[1].close()
+
+
+def _free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return int(server.getsockname()[1])
+
+
+def _serve(end: Connection, rank: int, world_size: int, port: int) -> None:
+    os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"tcp://127.0.0.1:{port}",
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=_TIMEOUT_S),
+    )
+    while True:
+        try:
+            function, arguments = end.recv()
+        except EOFError:
+            os._exit(0)
+        try:
+            answer = (True, function(*arguments))
+        except (Exception, pytest.fail.Exception):
+            answer = (False, traceback.format_exc())
+        end.send(answer)
