@@ -1,8 +1,9 @@
 """What a row says: which arguments of a stack's blocks carry which stream of tokens, and which streams attention sees.
 
 A *stream* is one sequence of tokens: `img`, `txt`, `vid`, `aud`. A *layout* is how a tensor carries streams along one
-dim, written as text: `"img"` (along dim 1), `"img:0"` (along dim 0), `"txt+img:2"` (text, then image, along dim 2).
-An empty layout stands for a tensor that carries none.
+dim, written as text: `"img"` (along dim 1), `"img:0"` (along dim 0), `"txt+img:2"` (text, then image, along dim 2),
+`"img:1/4"` (along dim 1 of a tensor of 4 dims; one of 3 dims under the same name carries none). An empty layout
+stands for a tensor that carries none.
 
     Row(
         stacks=(
@@ -27,7 +28,7 @@ from dataclasses import dataclass, field
 Layouts = str | tuple[str, ...]
 """The layout of an argument; a tuple where the argument is a tuple or list of tensors."""
 
-_LAYOUT = re.compile(r"([a-z]\w*(?:\+[a-z]\w*)*)(?::(-?\d+))?")
+_LAYOUT = re.compile(r"([a-z]\w*(?:\+[a-z]\w*)*)(?::(-?\d+)(?:/(\d+))?)?")
 
 
 @dataclass(frozen=True)
@@ -37,10 +38,12 @@ class Layout:
     Attributes:
         streams: one after another; empty for a tensor that carries none.
         dim: along which they lie.
+        num_dims: of the tensors that carry them; None for any.
     """
 
     streams: tuple[str, ...]
     dim: int = 1
+    num_dims: int | None = None
 
     @classmethod
     def of(cls, text: str) -> Layout:
@@ -54,7 +57,7 @@ class Layout:
         match = _LAYOUT.fullmatch(text)
         if match is None:
             raise ValueError(f"{text!r} is no layout. Write streams and a dim, such as 'txt+img:1'.")
-        return cls(tuple(match[1].split("+")), int(match[2] or 1))
+        return cls(tuple(match[1].split("+")), int(match[2] or 1), int(match[3]) if match[3] else None)
 
 
 @dataclass(frozen=True)
@@ -98,8 +101,12 @@ class Row:
 
     def streams_of(self, path: str) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
         """The streams of the queries and of the keys of a module in a block; None where it is not named."""
-        for pattern, seen in self.attention.items():
-            if re.fullmatch(pattern, path):
-                queries, keys = (seen, seen) if isinstance(seen, str) else seen
-                return Layout.of(queries).streams, Layout.of(keys).streams
+        for pattern in self.patterns_of(path):
+            seen = self.attention[pattern]
+            queries, keys = (seen, seen) if isinstance(seen, str) else seen
+            return Layout.of(queries).streams, Layout.of(keys).streams
         return None
+
+    def patterns_of(self, path: str) -> list[str]:
+        """The patterns of `attention` that a module's path in its block matches; the first one counts."""
+        return [pattern for pattern in self.attention if re.fullmatch(pattern, path)]

@@ -6,7 +6,13 @@ from penstock.models.rows.row import Row, StackRow
 
 ROWS: dict[str, Row] = {
     "WanTransformer3DModel": Row(
-        stacks=(StackRow("blocks", takes={"hidden_states": "img", "rotary_emb": ("img", "img")}, gives=("img",)),),
+        stacks=(
+            StackRow(
+                "blocks",
+                takes={"hidden_states": "img", "temb": "img:1/4", "rotary_emb": ("img", "img")},
+                gives=("img",),
+            ),
+        ),
         attention={"attn1": "img"},  # attn2 looks at the text, which is whole on every rank
     ),
 }
