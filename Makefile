@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint types check setup clean
+.PHONY: demo test lint types check compatibility setup clean
 
 demo: setup
 	$(BIN)/penstock generate demo "a red circle left of a blue square" --seed 0 --out out.png
@@ -18,6 +18,9 @@ types: setup
 	$(BIN)/mypy
 
 check: lint types test
+
+compatibility: setup
+	PENSTOCK_WRITE_PAGES=1 $(BIN)/pytest -q tests/parity/test_compatibility.py
 
 setup: .venv/ready
 

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from penstock.config import LoadConfig, SourceConfig
+from penstock.config import LoadConfig, ParallelConfig, SourceConfig
 from penstock.errors import ConfigError
 
 
@@ -53,3 +53,34 @@ def test_torchs_own_names_are_understood() -> None:
 def test_variant_is_a_name(value: object) -> None:
     with pytest.raises(ConfigError, match="variant=.* is no name"):
         LoadConfig(variant=value)
+
+
+def test_degrees_multiply_to_the_ranks() -> None:
+    config = ParallelConfig(cfg_parallel_size=2, ulysses_degree=2, ring_degree=3, data_parallel_size=2)
+    assert config.world_size == 24
+    assert config.sequence_size == 6
+    assert config.equation() == "data(2) * cfg(2) * ring(3) * ulysses(2)"
+    assert ParallelConfig().world_size == 1
+    assert ParallelConfig().equation() == "nothing split (1)"
+
+
+def test_tiles_alone_start_ranks_that_do_the_same_denoising() -> None:
+    assert ParallelConfig(vae_patch_parallel_size=4).world_size == 4
+    assert ParallelConfig(vae_patch_parallel_size=4, ulysses_degree=2).copies == 2
+    assert ParallelConfig(vae_patch_parallel_size=2, ulysses_degree=4).copies == 1
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.5, True, "2", None])
+def test_a_degree_is_a_whole_number(value: object) -> None:
+    with pytest.raises(ConfigError, match="ulysses_degree=.* is not a whole number from 1 up. 1 switches it off."):
+        ParallelConfig(ulysses_degree=value)  # type: ignore[arg-type]
+
+
+def test_tiles_that_fit_no_ranks_are_refused_with_the_equation() -> None:
+    with pytest.raises(ConfigError, match=r"vae_patch_parallel_size\(4\) and .*ring\(6\) = 6 ranks.*size 2\."):
+        ParallelConfig(vae_patch_parallel_size=4, ring_degree=6)
+
+
+def test_every_degree_explains_itself() -> None:
+    for item in dataclasses.fields(ParallelConfig):
+        assert item.metadata["help"].endswith(".")

@@ -6,12 +6,13 @@ import json
 from dataclasses import replace
 
 from penstock.plan import Plan
-from penstock.report import Report, UnitReport, ZeroStall
+from penstock.report import Report, TrafficReport, UnitReport, ZeroStall
 from tests.test_plan import PLAN
 
 STALL = ZeroStall(
     component="transformer", compute_s=0.0105, fill_s=0.02, num_blocks=3, num_resident=2, budget_bytes=280
 )
+TRAFFIC = TrafficReport(axis="ulysses", operation="all_to_all", num_calls=4, received_bytes=3072)
 REPORT = Report(
     plan=replace(PLAN, weight_bytes=3 * 1024, reason="as asked for"),
     units=(UnitReport(name="vae", num_bytes=100, residency="turn", slot=None, source="file+host"),),
@@ -24,6 +25,9 @@ REPORT = Report(
     num_fills=7,
     num_demanded=1,
     zero_stall=(STALL,),
+    split="ulysses(2)",
+    rank=1,
+    traffic=(TRAFFIC,),
 )
 
 
@@ -35,6 +39,8 @@ def test_a_report_reads_as_sentences() -> None:
         "slots",
         "  vae (autoencoder): 100 B, 100 B on the device while it runs",
         "read 2 KiB, moved 4 KiB in 7 fills (1 on demand), 1.24 s of filling, 0.50 s waited for",
+        "split ulysses(2), this is rank 1",
+        "  ulysses: 4 all_to_all, 3 KiB received",
         "  transformer: a block computes for 10.5 ms and fills in 20.0 ms; with 2 of 3 blocks resident compute would "
         "not wait: max_weight_memory=280",
         "note: first",
@@ -43,7 +49,7 @@ def test_a_report_reads_as_sentences() -> None:
 
 
 def test_what_was_not_measured_is_not_told() -> None:
-    assert len(str(replace(REPORT, zero_stall=(), notes=())).splitlines()) == 5
+    assert len(str(replace(REPORT, zero_stall=(), notes=(), split="", traffic=())).splitlines()) == 5
 
 
 def test_json_is_one_line_with_all_of_it() -> None:
@@ -54,8 +60,10 @@ def test_json_is_one_line_with_all_of_it() -> None:
     (unit,), (stall,) = told.pop("units"), told.pop("zero_stall")
     assert UnitReport(**unit) == REPORT.units[0]
     assert ZeroStall(**stall) == STALL
-    again = Report(plan=REPORT.plan, units=REPORT.units, zero_stall=(STALL,), **{**told, "notes": tuple(told["notes"])})
-    assert again == REPORT
+    (traffic,) = told.pop("traffic")
+    assert TrafficReport(**traffic) == TRAFFIC
+    told["notes"] = tuple(told["notes"])
+    assert Report(plan=REPORT.plan, units=REPORT.units, zero_stall=(STALL,), traffic=(TRAFFIC,), **told) == REPORT
 
 
 def test_a_summary_is_what_was_promised_and_measured_without_the_units() -> None:

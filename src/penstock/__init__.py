@@ -25,6 +25,7 @@ from penstock.errors import (
 if TYPE_CHECKING:
     from penstock.config import LoadConfig as LoadConfig
     from penstock.config import OffloadConfig as OffloadConfig
+    from penstock.config import ParallelConfig as ParallelConfig
     from penstock.engine.build import load as load
     from penstock.engine.generate import generate as generate
     from penstock.engine.parity import Verification as Verification
@@ -50,6 +51,7 @@ _HOMES = {
     "GenerationResult": "penstock.request",
     "LoadConfig": "penstock.config",
     "OffloadConfig": "penstock.config",
+    "ParallelConfig": "penstock.config",
     "Placed": "penstock.engine.placed",
     "Plan": "penstock.plan",
     "Profile": "penstock.profile",

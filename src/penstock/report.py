@@ -46,6 +46,23 @@ class ZeroStall:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TrafficReport:
+    """What this rank exchanged along one axis of the mesh, by one operation.
+
+    Attributes:
+        axis: of the mesh, such as `ulysses`.
+        operation: such as `all_to_all`.
+        num_calls: so far.
+        received_bytes: from other ranks, so far.
+    """
+
+    axis: str
+    operation: str
+    num_calls: int
+    received_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Report:
     """The effective configuration of a placed pipeline, and its measures so far.
 
@@ -65,6 +82,9 @@ class Report:
         num_demanded: of these, not asked for ahead of use.
         num_prompt_hits: prompts answered without their encoders.
         zero_stall: residents needed for no wait, where there was time to measure.
+        split: how the work is split over ranks, such as `cfg(2) * ulysses(2)`; empty on one rank.
+        rank: of this process among them.
+        traffic: what this rank exchanged with the others.
     """
 
     plan: Plan
@@ -82,6 +102,9 @@ class Report:
     num_demanded: int = 0
     num_prompt_hits: int = 0
     zero_stall: tuple[ZeroStall, ...] = ()
+    split: str = ""
+    rank: int = 0
+    traffic: tuple[TrafficReport, ...] = ()
 
     def to_json(self) -> str:
         """One line of JSON."""
@@ -112,6 +135,12 @@ class Report:
         lines.append(
             f"read {format_bytes(self.read_bytes)}, moved {format_bytes(self.moved_bytes)} in {self.num_fills} fills "
             f"({self.num_demanded} on demand), {self.fill_s:.2f} s of filling, {self.exposed_wait_s:.2f} s waited for"
+        )
+        if self.split:
+            lines.append(f"split {self.split}, this is rank {self.rank}")
+        lines.extend(
+            f"  {item.axis}: {item.num_calls} {item.operation}, {format_bytes(item.received_bytes)} received"
+            for item in self.traffic
         )
         for stall in self.zero_stall:
             lines.append(

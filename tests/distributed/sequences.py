@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
 
 from penstock.config import ParallelConfig
-from penstock.distributed.mesh import build_mesh
-from penstock.distributed.sequence import apply_sequence
-from penstock.models.rows.table import check_row, row_of
-from tests.zoo.denoisers import CASES
+from penstock.distributed.group import Group
+from penstock.distributed.mesh import Mesh, build_mesh
+from penstock.distributed.sequence import apply_sequence, check_sequence
+from penstock.errors import PenstockError
+from penstock.models.rows.row import Row
+from tests.zoo import denoisers
+from tests.zoo.denoisers import others
 
 TOLERANCE = 1e-4
 
-DEGREES = {
-    2: ((2, 1), (1, 2)),
-    4: ((4, 1), (1, 4), (2, 2)),
-    8: ((8, 1), (2, 4)),
-}
-"""By the number of ranks, (ulysses, ring)."""
+CASES = {**denoisers.CASES, **{case.name: case for case in others.CASES}}
+
+Degrees = tuple[int, int]
+"""(ulysses, ring)."""
+
+
+@cache
+def mesh_of(ulysses: int, ring: int) -> Mesh:
+    """The mesh of all ranks, built once."""
+    return build_mesh(ParallelConfig(ulysses_degree=ulysses, ring_degree=ring), "cpu")
 
 
 def tensors_of(output: Any) -> list[torch.Tensor]:
@@ -28,6 +38,15 @@ def tensors_of(output: Any) -> list[torch.Tensor]:
     if isinstance(output, torch.Tensor):
         return [output]
     return [tensor for part in output for tensor in tensors_of(part)]
+
+
+def cast(value: Any, dtype: torch.dtype) -> Any:
+    """The inputs of a denoiser in another dtype."""
+    if isinstance(value, torch.Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if isinstance(value, (list, tuple)):
+        return type(value)([cast(part, dtype) for part in value])
+    return {key: cast(part, dtype) for key, part in value.items()} if isinstance(value, dict) else value
 
 
 def run(model: torch.nn.Module, inputs: dict[str, Any]) -> list[torch.Tensor]:
@@ -43,22 +62,145 @@ def difference(one: list[torch.Tensor], other: list[torch.Tensor]) -> float:
     return max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(one, other, strict=True))
 
 
-def compare(name: str, ulysses: int, ring: int, size: str, heads: int) -> tuple[float, float]:
-    """On every rank: how far the split denoiser is from the plain one, and how far with attention left local."""
-    config = ParallelConfig(ulysses_degree=ulysses, ring_degree=ring)
-    mesh = build_mesh(config, "cpu")
-    model = CASES[name].build(heads=heads)
-    row = row_of(model)
-    assert row is not None
-    check_row(model, row)
-    plain = run(model, CASES[name].inputs(size))
-    undo = apply_sequence(model, row, mesh)
-    split = run(model, CASES[name].inputs(size))
-    again = run(model, CASES[name].inputs(size))
-    assert difference(again, split) == 0
+@contextmanager
+def without_exchange() -> Iterator[None]:
+    """Ranks that keep to themselves what attention would send."""
+    kept = Group.all_to_all, Group.shift
+    Group.all_to_all, Group.shift = lambda group, tensor: tensor, lambda group, tensor: (tensor, ())
+    try:
+        yield
+    finally:
+        Group.all_to_all, Group.shift = kept
+
+
+def compare(
+    name: str,
+    degrees: Sequence[Degrees],
+    sizes: Sequence[str],
+    heads: int = 4,
+    dtype: torch.dtype = torch.float32,
+    change: Callable[[Row], Row] = lambda row: row,
+    more: Callable[[str], dict[str, Any]] = lambda size: {},
+) -> dict[tuple[Degrees, str], tuple[float, float]]:
+    """On every rank: how far the split denoiser is from the plain one, and how far where attention exchanges nothing.
+
+    Args:
+        name: of the case.
+        degrees: one after another; the ranks are their product.
+        sizes: of the inputs.
+        heads: of attention.
+        dtype: of weights and inputs.
+        change: makes another row of that of the class.
+        more: arguments of the forward besides those of the case, by size.
+    """
+    case = CASES[name]
+    model = case.build(heads=heads)
+    model = model if dtype == torch.float32 else model.to(dtype)
+    row = change(check_sequence(model, ParallelConfig()))
+
+    def forward(size: str) -> list[torch.Tensor]:
+        return run(model, cast({**case.inputs(size), **more(size)}, dtype))
+
+    plain = {size: forward(size) for size in sizes}
+    measured = {}
+    for pair in degrees:
+        undo = apply_sequence(model, row, mesh_of(*pair))
+        split = {size: forward(size) for size in sizes}
+        with without_exchange():
+            local = {size: forward(size) for size in sizes}
+        undo.run()
+        for size in sizes:
+            measured[pair, size] = (difference(split[size], plain[size]), difference(local[size], plain[size]))
+    assert difference(forward(sizes[0]), plain[sizes[0]]) == 0
+    return measured
+
+
+def whole_text(row: Row) -> Row:
+    """The row with text that is whole on every rank."""
+    return replace(row, whole=("txt",))
+
+
+def nothing_whole(row: Row) -> Row:
+    """The row with all streams cut."""
+    return replace(row, whole=())
+
+
+def apart(row: Row) -> Row:
+    """The row with streams that are gathered after every block."""
+    return replace(row, stacks=tuple(replace(stack, is_apart=True) for stack in row.stacks), ends={})
+
+
+def without_masks(row: Row) -> Row:
+    """The row that does not know what a block's mask means."""
+    return replace(row, masks="")
+
+
+def residuals(size: str, names: Sequence[str] = ("controlnet_block_samples",)) -> dict[str, Any]:
+    """What a ControlNet adds to the tokens of Flux and its kin, behind every block."""
+    tokens = denoisers.SIZES[size].tokens
+    return {name: list(denoisers.case.noise(name, 2, 2, tokens, 64)) for name in names}
+
+
+def both_residuals(size: str) -> dict[str, Any]:
+    """What a ControlNet adds behind the blocks of both stacks."""
+    return residuals(size, ("controlnet_block_samples", "controlnet_single_block_samples"))
+
+
+def block_residuals(size: str) -> dict[str, Any]:
+    """What a ControlNet adds to the tokens of Stable Diffusion 3."""
+    return {"block_controlnet_hidden_states": residuals(size)["controlnet_block_samples"]}
+
+
+def layer_residuals(size: str) -> dict[str, Any]:
+    """What a ControlNet adds to text and picture of Z-Image, behind its first and last layer."""
+    tokens = 96 if size.startswith("masked") else {"even": 96, "short": 96, "odd": 96}[size]
+    return {"controlnet_block_samples": {layer: denoisers.case.noise(str(layer), 2, tokens, 1) for layer in (0, 2)}}
+
+
+def pixel_mask(size: str) -> dict[str, Any]:
+    """A mask of the picture's tokens: the second one ends early."""
+    tokens = denoisers.SIZES[size].tokens
+    return {"attention_mask": torch.arange(tokens) < torch.tensor([[tokens], [tokens - 11]])}
+
+
+def voxel_mask(size: str) -> dict[str, Any]:
+    """A mask of the pixels of every frame: the second video ends early."""
+    frames, height, width = denoisers.SIZES[size].video
+    mask = torch.ones(2, frames, 2 * height, 2 * width)
+    mask[1, -1] = 0
+    return {"attention_mask": mask}
+
+
+def error_of(
+    name: str, degrees: Degrees, more: dict[str, Any], change: Callable[[Row], Row] = lambda row: row, size: str = "odd"
+) -> str:
+    """What a split denoiser says to a call; the plain one takes it, before and after."""
+    case = CASES[name]
+    model = case.build()
+    expected = run(model, {**case.inputs(size), **more})
+    undo = apply_sequence(model, change(check_sequence(model, ParallelConfig())), mesh_of(*degrees))
+    said = ""
+    try:
+        run(model, {**case.inputs(size), **more})
+    except PenstockError as error:
+        said = str(error)
     undo.run()
-    assert difference(run(model, CASES[name].inputs(size)), plain) == 0
-    undo = apply_sequence(model, replace(row, attention={}), mesh)
-    local = run(model, CASES[name].inputs(size))
+    assert difference(run(model, {**case.inputs(size), **more}), expected) == 0
+    return said
+
+
+def traffic(name: str, degrees: Degrees, heads: int = 4) -> dict[str, tuple[int, int]]:
+    """Calls and bytes received from others in one forward of even size, by group and operation."""
+    case, mesh = CASES[name], mesh_of(*degrees)
+    model = case.build(heads=heads)
+    undo = apply_sequence(model, check_sequence(model, ParallelConfig()), mesh)
+    groups = {axis: mesh[axis] for axis in ("sequence", "ulysses", "ring")}
+    for group in groups.values():
+        group.traffic.clear()
+    run(model, case.inputs("even"))
     undo.run()
-    return difference(split, plain), difference(local, plain)
+    return {
+        f"{axis} {operation}": (calls, group.traffic.received_bytes[operation])
+        for axis, group in groups.items()
+        for operation, calls in group.traffic.num_calls.items()
+    }

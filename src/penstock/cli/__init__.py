@@ -7,12 +7,14 @@ import sys
 from typing import Any
 
 from penstock.cli.interrupts import INTERRUPTED, leave_on_interrupt
+from penstock.distributed.launcher import obey
 
 USAGE = 2
 
 
 def main() -> None:
     """Entry point of the `penstock` command: usage errors are one line, Ctrl-C is quiet from the first moment."""
+    obey()
     leave_on_interrupt()
     try:
         sys.exit(_run())

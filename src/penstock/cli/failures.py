@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import traceback
 import warnings
 from collections.abc import Iterator
@@ -12,7 +13,9 @@ from contextlib import contextmanager
 import typer
 
 from penstock.cli.interrupts import INTERRUPTED
-from penstock.errors import PenstockError
+from penstock.distributed.environment import read_environment
+from penstock.distributed.launcher import tell
+from penstock.errors import ConfigError, PenstockError, UsageError
 
 
 @contextmanager
@@ -45,9 +48,20 @@ def _silence_libraries() -> None:
 
 
 def _explain(line: str, debug: bool) -> None:
-    if debug:
+    """Say what happened; a rank other than 0 says who it is and, for what is no usage error, where it happened."""
+    rank = _rank()
+    if debug or (rank and not isinstance(sys.exception(), UsageError)):
         traceback.print_exc()
-    say(line)
+    tell(line)
+    say(f"rank {rank}: {line}" if rank else line)
+
+
+def _rank() -> int:
+    try:
+        environment = read_environment()
+    except ConfigError:  # which is what is being said
+        return 0
+    return environment.rank if environment else 0
 
 
 def say(text: str) -> None:

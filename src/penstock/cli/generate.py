@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,7 +13,8 @@ import typer
 
 from penstock.cli.interrupts import interruptible
 from penstock.cli.options import RequestOptions, command
-from penstock.config import LoadConfig
+from penstock.cli.ranks import Place, check_replicas, take_place
+from penstock.config import LoadConfig, ParallelConfig, option
 from penstock.errors import ConfigError
 from penstock.request import GenerationRequest, StepEvent
 
@@ -22,49 +24,68 @@ if TYPE_CHECKING:
 _STEM = "out"
 
 
+@dataclass(frozen=True, kw_only=True)
+class DrawingOptions:
+    """What to draw of a run beside its result."""
+
+    trace: Path | None = option(  # noqa: RUF009 -- a field
+        None, "Write fills, waits and compute as a Chrome trace, .json.", "FILE"
+    )
+    plot: Path | None = option(None, "Draw what is on the device and when, .png.", "FILE")  # noqa: RUF009
+
+
 @command
 def generate(
     model: Annotated[str, typer.Argument(help="demo, a folder saved by diffusers, or a hub id.")],
     prompt: Annotated[str | None, typer.Argument(help="What to draw.")] = None,
     *,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="File to write; out.png, .mp4 or .wav.")] = None,
-    trace: Annotated[Path | None, typer.Option(help="Write fills, waits and compute as a Chrome trace, .json.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw what is on the device and when, .png.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON instead of text.")] = False,
     request: RequestOptions,
+    drawings: DrawingOptions,
     load: LoadConfig,
+    parallel: ParallelConfig,
 ) -> None:
     """Make a picture, a video or a sound, and write it to a file."""
     asked = request.request(prompt)
+    check_replicas(parallel, asked.num_images)
+    place = take_place(parallel)
+    trace, plot = drawings.trace, drawings.plot
     from penstock.cli.progress import Bars
     from penstock.engine.build import fill, prepare
     from penstock.engine.generate import generate as run
     from penstock.media.files import save
 
     begun_s = time.perf_counter()
-    prepared = prepare(model, load)
+    prepared = prepare(model, load, parallel)
     target = check(prepared, asked, out)
     check_drawings(prepared, trace, plot)
     story = Story(effective(prepared), notes_on(prepared, asked))
     try:
-        with Bars(asked.num_images) as bars, interruptible() as check_interrupt:
-            pipeline = fill(prepared, bars.loading, trace=bool(trace or plot))
+        with Bars(asked.num_images, is_silent=not place.speaks) as bars, interruptible() as check_interrupt:
+            pipeline = fill(prepared, bars.loading, trace=place.speaks and bool(trace or plot))
             story.facts["load_s"] = round(time.perf_counter() - begun_s, 3)
+            show = bars.print if place.speaks and not as_json else None
 
             def on_step(event: StepEvent) -> None:
                 check_interrupt()
                 bars.step(event)
 
-            for item, result in enumerate(run(pipeline, asked, on_step=on_step)):
-                path = save(result, story.path_of(result, target, item, asked.num_images), effective(prepared))
-                story.add(path, result, bars.print if not as_json else None)
-            draw(pipeline, trace, plot, story)
+            results = run(pipeline, asked, on_step=on_step)
+            for item, result in zip(place.items(asked.num_images), results, strict=True):
+                if place.writes:
+                    path = save(result, story.path_of(result, target, item, asked.num_images), effective(prepared))
+                    story.add(item, entry_of(path, result), show)
+            story.gather(place, show)
+            if place.speaks:
+                draw(pipeline, trace, plot, story)
     finally:
-        if as_json and story.outputs:
+        if as_json and place.speaks and story.outputs:
             typer.echo(story.to_json(is_complete=len(story.outputs) == asked.num_images))
-    if not as_json:
+    if place.speaks and not as_json:
         for note in story.notes:
             typer.echo(f"note: {note}", err=True)
+    place.leave()
 
 
 class Story:
@@ -73,13 +94,13 @@ class Story:
     Attributes:
         facts: the effective configuration and what was measured.
         notes: what the user should know.
-        outputs: one entry per finished file.
+        outputs: one entry per finished file, by its index among all.
     """
 
     def __init__(self, facts: dict[str, Any], notes: list[str]) -> None:
         self.facts = facts
         self.notes = notes
-        self.outputs: list[dict[str, Any]] = []
+        self.outputs: dict[int, dict[str, Any]] = {}
 
     def path_of(self, result: Any, target: Path, item: int, count: int) -> Path:
         """Where a result goes: with the suffix of what was really made, noted where that is another than expected."""
@@ -93,16 +114,25 @@ class Story:
         )
         return path.with_suffix(SUFFIXES[result.kind])
 
-    def add(self, path: Path, result: Any, show: Callable[[str], None] | None) -> None:
+    def add(self, item: int, entry: dict[str, Any], show: Callable[[str], None] | None) -> None:
         """Enter a finished file, and show its line."""
-        entry = _entry(path, result)
-        self.outputs.append(entry)
+        self.outputs[item] = entry
         if show is not None:
-            show(f"{path}  {entry['description']}  seed {entry['seed']}  {entry['elapsed_s']} s")
+            show(f"{entry['path']}  {entry['description']}  seed {entry['seed']}  {entry['elapsed_s']} s")
+
+    def gather(self, place: Place, show: Callable[[str], None] | None) -> None:
+        """Enter what the other replicas have made, where there are any; all ranks must call this."""
+        if place.num_replicas == 1:
+            return
+        for outputs, notes in place.gather((self.outputs, self.notes)):
+            for item in sorted(outputs.keys() - self.outputs.keys()):
+                self.add(item, outputs[item], show)
+            self.notes.extend(note for note in notes if note not in self.notes)
 
     def to_json(self, is_complete: bool) -> str:
         """All of it in one line."""
-        return json.dumps({"outputs": self.outputs, "complete": is_complete, "notes": self.notes, **self.facts})
+        outputs = [self.outputs[item] for item in sorted(self.outputs)]
+        return json.dumps({"outputs": outputs, "complete": is_complete, "notes": self.notes, **self.facts})
 
 
 def check(prepared: Prepared, asked: GenerationRequest, out: Path | None) -> Path:
@@ -198,7 +228,8 @@ def effective(prepared: Prepared) -> dict[str, Any]:
     }
 
 
-def _entry(path: Path, result: Any) -> dict[str, Any]:
+def entry_of(path: Path, result: Any) -> dict[str, Any]:
+    """What to tell of a finished file."""
     entry: dict[str, Any] = {"path": str(path), "kind": result.kind, "seed": result.seed}
     words = []
     if result.images:

@@ -23,7 +23,7 @@ _MIB = 2**20
 class Bars:
     """Bars that appear with the first event; `loading` and `step` are the callbacks that draw them."""
 
-    def __init__(self, num_items: int = 1) -> None:
+    def __init__(self, num_items: int = 1, *, is_silent: bool = False) -> None:
         console = Console(stderr=True)
         self._progress = Progress(
             TextColumn("{task.description}"),
@@ -32,7 +32,7 @@ class Bars:
             TimeElapsedColumn(),
             console=console,
             transient=True,
-            disable=not console.is_terminal,
+            disable=is_silent or not console.is_terminal,
         )
         self._num_items = num_items
         self._load: TaskID | None = None

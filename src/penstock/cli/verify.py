@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from penstock.cli.options import RequestOptions, command
-from penstock.config import LoadConfig
+from penstock.cli.ranks import check_replicas, take_place
+from penstock.config import LoadConfig, ParallelConfig, option
 
 if TYPE_CHECKING:
     from penstock.engine.parity import Verification
@@ -18,39 +19,49 @@ if TYPE_CHECKING:
 _FAILED = 1
 
 
+@dataclass(frozen=True, kw_only=True)
+class LimitOptions:
+    """What counts as the same picture."""
+
+    tolerance: float = option(0.0, "Largest relative difference that passes; 0 asks for bit equality.", "N")
+    reference_dtype: str | None = option(None, "dtype of the plain run; the same where left out.", "NAME")
+
+
 @command
 def verify(
     model: Annotated[str, typer.Argument(help="demo, a folder saved by diffusers, or a hub id.")],
     prompt: Annotated[str | None, typer.Argument(help="What to draw.")] = None,
     *,
-    tolerance: Annotated[
-        float, typer.Option("--tolerance", help="Largest relative difference that passes; 0 asks for bit equality.")
-    ] = 0.0,
-    reference_dtype: Annotated[
-        str | None, typer.Option("--reference-dtype", help="dtype of the plain run; the same where left out.")
-    ] = None,
     control: Annotated[
         bool, typer.Option("--control/--no-control", help="Also run with one damaged weight, which must be noticed.")
     ] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON instead of a table.")] = False,
     request: RequestOptions,
+    limits: LimitOptions,
     load: LoadConfig,
+    parallel: ParallelConfig,
 ) -> None:
     """Run stock diffusers and penstock with these options, same seed, and compare latents and output.
 
     Exits with 1 where they differ by more than the tolerance, or where the damaged control is not noticed.
     """
     asked = request.request(prompt)
+    check_replicas(parallel, num_images=1)
+    place = take_place(parallel)
     from penstock.engine.parity import verify as run
 
     verification = run(
         model,
         asked,
-        tolerance=tolerance,
-        reference_dtype=reference_dtype,
+        tolerance=limits.tolerance,
+        reference_dtype=limits.reference_dtype,
         control=control,
+        parallel=parallel,
         **asdict(load),
     )
+    place.leave()
+    if not place.speaks:
+        return
     if as_json:
         typer.echo(verification.to_json())
     else:

@@ -1,1 +1,53 @@
-"""Splitting the work over ranks: sequence, tensor, guidance, pipeline and VAE parallelism."""
+"""Splitting the work over ranks: sequence, tensor, guidance, pipeline and VAE parallelism.
+
+The names below are those that a model's own code may use. They are resolved when they are first used: importing this
+package imports neither torch nor diffusers.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from penstock.distributed.sequence_config import SequenceParallelConfig as SequenceParallelConfig
+    from penstock.distributed.sequence_plan import SequenceParallelInput as SequenceParallelInput
+    from penstock.distributed.sequence_plan import SequenceParallelModelPlan as SequenceParallelModelPlan
+    from penstock.distributed.sequence_plan import SequenceParallelOutput as SequenceParallelOutput
+    from penstock.distributed.sequence_plan import SequenceParallelPartialInput as SequenceParallelPartialInput
+    from penstock.distributed.sequence_plan import get_sp_plan_from_model as get_sp_plan_from_model
+    from penstock.distributed.sequence_plan import validate_sp_plan as validate_sp_plan
+    from penstock.distributed.sharding import ShardingValidator as ShardingValidator
+    from penstock.distributed.sharding import get_sharding_validator as get_sharding_validator
+    from penstock.distributed.sharding import sp_gather as sp_gather
+    from penstock.distributed.sharding import sp_shard as sp_shard
+    from penstock.distributed.sharding import sp_shard_with_padding as sp_shard_with_padding
+
+_HOMES = {
+    "SequenceParallelConfig": "sequence_config",
+    "SequenceParallelInput": "sequence_plan",
+    "SequenceParallelModelPlan": "sequence_plan",
+    "SequenceParallelOutput": "sequence_plan",
+    "SequenceParallelPartialInput": "sequence_plan",
+    "ShardingValidator": "sharding",
+    "get_sharding_validator": "sharding",
+    "get_sp_plan_from_model": "sequence_plan",
+    "sp_gather": "sharding",
+    "sp_shard": "sharding",
+    "sp_shard_with_padding": "sharding",
+    "validate_sp_plan": "sequence_plan",
+}
+
+__all__ = [*_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'penstock.distributed' has no attribute {name!r}")
+    value = getattr(import_module(f"penstock.distributed.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

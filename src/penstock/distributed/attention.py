@@ -7,14 +7,15 @@ Owns the order of exchange and compute. Does not know who calls it, or which ker
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from penstock.distributed.kernels import Part, attend_part, merge
-from penstock.distributed.masks import mask_part, whole_mask
+from penstock.distributed.masks import mask_part, share_of_heads, whole_mask
 from penstock.distributed.streams import Streams
 from penstock.distributed.trade import Names, even_heads, to_heads, to_tokens
 from penstock.errors import GenerationError
@@ -25,11 +26,19 @@ Kernel = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 @dataclass(frozen=True)
 class Sight:
-    """What an attention sees: the streams of its queries and of its keys, one after another."""
+    """What an attention sees: the streams of its queries and of its keys, one after another.
+
+    Attributes:
+        streams: of the denoiser.
+        queries: names of streams.
+        keys: names of streams.
+        masks: how to read a mask of local queries and keys: that of the row.
+    """
 
     streams: Streams
     queries: Names
     keys: Names
+    masks: str = ""
 
 
 @dataclass(frozen=True)
@@ -65,15 +74,18 @@ def attend(sight: Sight, call: Call, kernel: Kernel) -> Tensor:
         (batch, local tokens, heads, head_dim).
 
     Raises:
-        GenerationError: for a mask that cannot be split, and for causal attention around a ring.
+        GenerationError: for tokens that are not those of the streams, for a mask that cannot be split, and for causal
+            attention around a ring.
 
     Cost: per call 4 (U - 1) / U of the local tokens' bytes in two all-to-all, and the ring's keys and values R - 1
         times, while the part before is computed.
     """
+    sight = _sized(sight, call)
     streams = sight.streams
     mask = None
     if call.mask is not None:
-        mask = whole_mask(streams, call.mask, sight.queries, sight.keys)
+        mask = whole_mask(streams, call.mask, sight.queries, sight.keys, sight.masks)
+        mask = share_of_heads(streams, mask)
     query, key, value = even_heads(call.query, call.key, call.value, streams.ulysses.size)
     queries, keys, values = to_heads(streams, ((query, sight.queries), (key, sight.keys), (value, sight.keys)))
     held = [streams.run(name, streams.ring.rank)[1] for name in sight.queries]
@@ -89,6 +101,28 @@ def attend(sight: Sight, call: Call, kernel: Kernel) -> Tensor:
             )
         output = _around_ring(sight, query, (keys, values), mask, call.scale)
     return to_tokens(streams, torch.split(output, held, 1), sight.queries, call.query.shape[2])
+
+
+def _sized(sight: Sight, call: Call) -> Sight:
+    """The sight with the lengths that its streams have in this call.
+
+    Adapters attend to tokens of their own within the modules that a row names.
+    """
+    streams, lengths = sight.streams, dict(sight.streams.lengths)
+    if sight.masks == "absent":
+        for name in filter(streams.is_whole, sight.queries):
+            lengths[name] -= sum(map(streams.local, sight.queries)) - call.query.shape[1]
+        streams = copy.copy(streams)
+        streams.lengths = lengths
+    for what, tensor, names in (("queries", call.query, sight.queries), ("keys", call.key, sight.keys)):
+        expected = sum(map(streams.local, names))
+        if tensor.shape[1] != expected:
+            raise GenerationError(
+                f"an attention of {streams.owner} has {tensor.shape[1]} {what}, where {'+'.join(names)} are "
+                f"{expected} on this rank: it looks at tokens that the row of this class does not name, as adapters "
+                "and caches do. Leave them out, or use ulysses_degree=1 and ring_degree=1."
+            )
+    return replace(sight, streams=streams)
 
 
 def _around_ring(

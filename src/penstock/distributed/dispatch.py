@@ -21,18 +21,21 @@ from torch import Tensor
 from penstock.distributed.attention import Call, Sight, attend
 from penstock.errors import GenerationError
 
-_SIGHT: ContextVar[Sight | None] = ContextVar("sight", default=None)
+Seen = Sight | Callable[[Call], Sight | None]
+"""What attention sees; or what tells so from a call, None for one that runs as ever."""
+
+_SIGHT: ContextVar[Seen | None] = ContextVar("sight", default=None)
 _PLAIN = F.scaled_dot_product_attention
 _num_users = 0
 _backends: dict[Any, Callable[..., Tensor]] = {}
 
 
-def attending(sight: Sight | None) -> Token[Sight | None]:
+def attending(sight: Seen | None) -> Token[Seen | None]:
     """Say what attention sees from now on; None for attention that runs as ever."""
     return _SIGHT.set(sight)
 
 
-def done_attending(token: Token[Sight | None]) -> None:
+def done_attending(token: Token[Seen | None]) -> None:
     """What it saw before."""
     _SIGHT.reset(token)
 
@@ -73,8 +76,6 @@ def _seeing_backend(backend: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _over_ranks(backend: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
-    sight = _SIGHT.get()
-    assert sight is not None
     masked = "attn_mask" in options
     mask = options.pop("attn_mask", None)
 
@@ -83,7 +84,7 @@ def _over_ranks(backend: Callable[..., Tensor], query: Tensor, key: Tensor, valu
         return backend(query=query, key=key, value=value, **given, **options)
 
     call = Call(query, key, value, mask, options.get("scale"), options.get("is_causal", False))
-    return _attend(sight, call, kernel, options.get("dropout_p", 0.0))
+    return _attend(call, kernel, options)
 
 
 def _seeing_function(
@@ -113,8 +114,6 @@ def _seeing_function(
 def _function_over_ranks(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: dict[str, Any]
 ) -> Tensor:
-    sight = _SIGHT.get()
-    assert sight is not None
 
     def kernel(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         output = _PLAIN(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), mask, **options)
@@ -122,17 +121,30 @@ def _function_over_ranks(
 
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     call = Call(query, key, value, mask, options["scale"], options["is_causal"])
-    return _attend(sight, call, kernel, options["dropout_p"]).transpose(1, 2)
+    return _attend(call, kernel, options).transpose(1, 2)
 
 
-def _attend(sight: Sight, call: Call, kernel: Callable[..., Tensor], dropout_p: float) -> Tensor:
-    if dropout_p:
-        raise GenerationError(
-            f"attention with dropout_p={dropout_p} differs from rank to rank. Set the denoiser to eval(), as pipelines "
-            "do, or use ulysses_degree=1 and ring_degree=1."
-        )
+def _attend(call: Call, kernel: Callable[..., Tensor], options: dict[str, Any]) -> Tensor:
+    seen = _SIGHT.get()
     token = _SIGHT.set(None)  # the kernel's own attention is local
     try:
+        sight = seen(call) if callable(seen) else seen
+        if sight is None:
+            return kernel(call.query, call.key, call.value, call.mask)
+        _check(sight, options)
         return attend(sight, call, kernel)
     finally:
         _SIGHT.reset(token)
+
+
+def _check(sight: Sight, options: dict[str, Any]) -> None:
+    if options.get("dropout_p"):
+        raise GenerationError(
+            f"attention with dropout_p={options['dropout_p']} differs from rank to rank. Set the denoiser to eval(), "
+            "as pipelines do, or use ulysses_degree=1 and ring_degree=1."
+        )
+    if options.get("attention_kwargs") and sight.streams.ring.size > 1:
+        raise GenerationError(
+            f"attention with {options['attention_kwargs']} cannot go around a ring of {sight.streams.ring.size}: its "
+            "parts are computed by another kernel. Use ulysses_degree in place of ring_degree."
+        )

@@ -12,8 +12,9 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from penstock.distributed.launcher import inherited_listener, is_launched
 from penstock.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ _LOOPBACK = "127.0.0.1"
 _PORTS = range(20_000, 30_000)  # below those that systems hand out by themselves
 _TIMEOUT = timedelta(minutes=10)
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_OPEN_MPI = tuple(f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE"))
+_MPICH = ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")
 _LIST_ITEM = re.compile(r"((?:[^,\[]|\[[^\]]*\])+)(?:,|$)")
 _REPEATED = re.compile(r"(\d+)(?:\(x(\d+)\))?")
 _started = False
@@ -80,12 +83,11 @@ def read_environment(environ: Mapping[str, str] = os.environ) -> RankEnvironment
 
 
 def _refuse_half(environ: Mapping[str, str]) -> None:
-    """Refuse a process that was told a rank or a number of ranks, but not both."""
-    for pair in (_TORCHRUN[:2], ("PMI_RANK", "PMI_SIZE")):
-        given = [name for name in pair if name in environ]
-        if given and (len(given) == 1 or pair[0] == "PMI_RANK") and environ.get(pair[1]) != "1":
-            needed = _TORCHRUN if pair == _TORCHRUN[:2] else (*pair, "MPI_LOCALRANKID", "MPI_LOCALNRANKS")
-            raise _incomplete(environ, needed)
+    """Refuse a process that was told a part of what a rank needs to know."""
+    if ("RANK" in environ) != (environ.get("WORLD_SIZE", "1") != "1"):
+        raise _incomplete(environ, _TORCHRUN)
+    if "PMI_RANK" in environ and environ.get("PMI_SIZE") != "1":
+        raise _incomplete(environ, _MPICH)
 
 
 def _read_torchrun(environ: Mapping[str, str]) -> RankEnvironment | None:
@@ -101,14 +103,12 @@ def _read_torchrun(environ: Mapping[str, str]) -> RankEnvironment | None:
 
 
 def _read_open_mpi(environ: Mapping[str, str]) -> RankEnvironment | None:
-    names = tuple(f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE"))
     job = environ.get("PMIX_NAMESPACE", "") or environ.get("OMPI_MCA_ess_base_jobid", "")
-    return _read_mpi(environ, names, job) if environ.keys() & set(names) else None
+    return _read_mpi(environ, _OPEN_MPI, job) if environ.keys() & set(_OPEN_MPI) else None
 
 
 def _read_mpich(environ: Mapping[str, str]) -> RankEnvironment | None:
-    names = ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")
-    return _read_mpi(environ, names, environ.get("PMI_ID", "")) if "MPI_LOCALRANKID" in environ else None
+    return _read_mpi(environ, _MPICH, environ.get("PMI_PORT", "")) if "MPI_LOCALRANKID" in environ else None
 
 
 def _read_mpi(environ: Mapping[str, str], names: tuple[str, ...], job: str) -> RankEnvironment:
@@ -200,7 +200,7 @@ def start(environment: RankEnvironment, device: torch.device, timeout: timedelta
         timeout: for the start, and for every exchange.
 
     Raises:
-        ConfigError: where this machine has fewer CUDA devices than ranks.
+        ConfigError: where this machine has fewer CUDA devices than ranks, or the others do not come.
 
     Cost: waits for all ranks.
     """
@@ -214,15 +214,34 @@ def start(environment: RankEnvironment, device: torch.device, timeout: timedelta
     if device.type == "cuda":
         own = torch.device("cuda", _device_index(environment, torch.cuda.device_count()))
         torch.cuda.set_device(own)
-    dist.init_process_group(
-        "gloo" if own is None else "cpu:gloo,cuda:nccl",
-        init_method=f"tcp://{environment.host}:{environment.port}",
-        rank=environment.rank,
-        world_size=environment.world_size,
-        timeout=timeout,
-        device_id=own,
-    )
+    host = f"[{environment.host}]" if ":" in environment.host else environment.host
+    where = f"{host}:{environment.port}"
+    try:
+        dist.init_process_group(
+            "gloo" if own is None else "cpu:gloo,cuda:nccl",
+            **_meeting(environment, where, timeout),
+            rank=environment.rank,
+            world_size=environment.world_size,
+            timeout=timeout,
+            device_id=own,
+        )
+    except dist.DistError as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"rank {environment.rank} of {environment.world_size} did not meet the others at {where}: {reason} "
+            "Start all of them, and choose another MASTER_PORT where that one is taken."
+        ) from error
     _started = True
+
+
+def _meeting(environment: RankEnvironment, where: str, timeout: timedelta) -> dict[str, Any]:
+    """How the ranks find each other; rank 0 of our own launcher inherits the socket that it listens on."""
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+    if not is_launched():
+        return {"init_method": f"tcp://{where}"}
+    host, port, size, is_first = environment.host, environment.port, environment.world_size, environment.rank == 0
+    return {"store": TCPStore(host, port, size, is_first, timeout, master_listen_fd=inherited_listener())}
 
 
 def _device_index(environment: RankEnvironment, num_devices: int) -> int:

@@ -1,7 +1,7 @@
 """Attention masks of streams that are cut: which keys take part, whole and in the plain order.
 
-A mask comes along with the local tokens, and then only says which keys take part; or it was made before anything was
-cut, and then may say so for every query. Owns telling these apart. Does not know kernels.
+A mask was made before anything was cut, and may say for every query which keys it sees; or a block made it for its
+local tokens, and then the row says what it means. Owns telling these apart. Does not know kernels.
 """
 
 from __future__ import annotations
@@ -16,39 +16,58 @@ from penstock.errors import GenerationError
 from penstock.models.rows.row import Layout
 
 
-def whole_mask(streams: Streams, mask: Tensor, queries: Sequence[str], keys: Sequence[str]) -> Tensor:
+def whole_mask(
+    streams: Streams, mask: Tensor, queries: Sequence[str], keys: Sequence[str], reading: str = ""
+) -> Tensor:
     """The mask over all tokens of the streams.
 
     Args:
         streams: of this forward.
-        mask: (batch, keys), (batch, queries, keys) or (batch, 1, queries, keys); of bits, or added to the scores. A
-            mask over local queries and keys counts as one of keys: a key takes part if it does for any local query.
+        mask: (batch, keys), (batch, queries, keys) or (batch, heads or 1, queries, keys); of bits, or added to scores.
         queries: streams of the queries.
         keys: streams of the keys.
+        reading: what a mask over local queries and keys means: the `masks` of a row.
 
     Returns:
-        (batch, 1, queries or 1, keys), whole.
+        (batch, heads or 1, queries or 1, keys), whole.
 
     Raises:
-        GenerationError: for a mask that differs between heads, or whose size fits no stream.
+        GenerationError: for a mask that only the local queries have, and for one whose size fits no stream.
 
     Cost: one all-gather where the mask is local.
     """
     mask = mask[:, None, None] if mask.ndim == 2 else mask[:, None] if mask.ndim == 3 else mask
-    if mask.ndim != 4 or mask.shape[1] != 1:
-        raise GenerationError(
-            f"an attention mask of shape {tuple(mask.shape)} differs between heads, and heads are split over ranks. "
-            "Run this pipeline with ulysses_degree=1 and ring_degree=1."
-        )
-    total = sum(streams.lengths[name] for name in keys)
-    if mask.shape[-1] == total and mask.shape[-2] in (1, sum(streams.lengths[name] for name in queries)):
+    for dim in (1, 2):  # expanded, so that all heads or queries have the same
+        mask = mask.narrow(dim, 0, 1) if mask.stride(dim) == 0 else mask
+    num_queries, num_keys = (sum(streams.lengths[name] for name in names) for names in (queries, keys))
+    if mask.shape[-1] == num_keys and mask.shape[-2] in (1, num_queries):
         return mask
-    if mask.shape[-1] == sum(map(streams.local, keys)) and mask.shape[-2] in (1, sum(map(streams.local, queries))):
-        local = mask.amax(-2, keepdim=True) if mask.dtype.is_floating_point else mask.bool().any(-2, keepdim=True)
-        return streams.join(local, Layout(tuple(keys), -1))
-    raise GenerationError(
-        f"an attention mask of shape {tuple(mask.shape)} fits neither {total} keys nor the "
-        f"{sum(map(streams.local, keys))} of this rank. Run this pipeline with ulysses_degree=1 and ring_degree=1."
+    local_queries, local_keys = (sum(map(streams.local, names)) for names in (queries, keys))
+    if mask.shape[-1] != local_keys or mask.shape[-2] not in (1, local_queries):
+        raise _refusal(streams, mask, f"fits neither {num_keys} keys nor the {local_keys} of this rank")
+    if mask.shape[-2] == 1:
+        return streams.join(mask, Layout(tuple(keys), -1))
+    if not reading or tuple(queries) != tuple(keys):
+        raise _refusal(streams, mask, "says for each query of this rank which keys it sees, and not for all keys")
+    tokens = streams.join(mask.diagonal(dim1=-2, dim2=-1)[:, :, None], Layout(tuple(keys), -1))
+    return tokens if reading == "keys" else tokens * tokens.transpose(-1, -2)
+
+
+def share_of_heads(streams: Streams, mask: Tensor) -> Tensor:
+    """The part of a mask for the heads that this rank holds once tokens were traded for them."""
+    heads, size = mask.shape[1], streams.ulysses.size
+    if heads == 1 or size == 1:
+        return mask
+    share = -(-heads // size)
+    first = streams.ulysses.rank * share
+    index = torch.arange(first, first + share, device=mask.device).clamp_(max=heads - 1)
+    return mask.index_select(1, index)
+
+
+def _refusal(streams: Streams, mask: Tensor, reason: str) -> GenerationError:
+    return GenerationError(
+        f"an attention mask of {streams.owner} of shape {tuple(mask.shape)} {reason}. "
+        "Run this pipeline with ulysses_degree=1 and ring_degree=1."
     )
 
 

@@ -30,7 +30,7 @@ class Mesh:
 
     Attributes:
         config: the degrees.
-        device_mesh: torch's, with all of `AXES`; None in a single process without ranks.
+        device_mesh: torch's, with those of `AXES` that are split; None in a single process without ranks.
         groups: by axis; besides these `sequence` (ring and ulysses together), `vae` (neighbouring ranks that share
             the tiles), `replica` (all ranks that make one picture together) and `world`.
     """
@@ -64,32 +64,38 @@ def build_mesh(config: ParallelConfig, device_type: str) -> Mesh:
         raise ConfigError(_mismatch(config, world_size))
     if not dist.is_initialized():
         return Mesh(config, None, {name: Group(name, 0, (0,), None) for name in (*AXES, *_JOINED)})
+    for world, *rest in [key for key in _MESHES if key[0] is not dist.group.WORLD]:
+        del _MESHES[(world, *rest)]  # of a world that has ended
     key = (dist.group.WORLD, device_type, config)
     if key not in _MESHES:
-        _MESHES.clear()  # those of a world that has ended keep nothing alive
         _MESHES[key] = _build(config, device_type)
     return _MESHES[key]
 
 
 def _build(config: ParallelConfig, device_type: str) -> Mesh:
-    sizes = tuple(config.axes().values())
-    ranks = torch.arange(config.world_size).view(sizes)
-    whole = DeviceMesh(device_type, ranks, mesh_dim_names=AXES)
-    groups = {axis: _group(axis, whole[axis]) for axis in AXES}
+    ranks = torch.arange(config.world_size).view(tuple(config.axes().values()))
+    split = {axis: size for axis, size in config.axes().items() if size > 1} or {"world": 1}
+    whole = DeviceMesh(device_type, ranks.view(tuple(split.values())), mesh_dim_names=tuple(split))
+    rank = dist.get_rank()
+    groups = {axis: _group(axis, whole[axis]) if axis in split else Group(axis, 0, (rank,), None) for axis in AXES}
+    groups["world"] = Group("world", rank, tuple(range(config.world_size)), dist.group.WORLD)
     rows = {
         "sequence": ranks.movedim(-1, 0).reshape(-1, config.sequence_size),
         "vae": ranks.view(-1, config.vae_patch_parallel_size),
         "replica": ranks.view(config.data_parallel_size, -1),
-        "world": ranks.view(1, -1),
     }
     for name, row in rows.items():
-        groups[name] = _group(name, DeviceMesh(device_type, row, mesh_dim_names=("others", name))[name])
+        own = tuple(next(line for line in row.tolist() if rank in line))
+        same = next((group for group in groups.values() if group.ranks == own), None)
+        if same is None:
+            groups[name] = _group(name, DeviceMesh(device_type, row, mesh_dim_names=("others", name))[name])
+        else:
+            groups[name] = Group(name, same.rank, own, same.process_group)
     return Mesh(config, whole, groups)
 
 
 def _group(name: str, line: DeviceMesh) -> Group:
-    ranks = tuple(line.mesh.tolist())
-    return Group(name, line.get_local_rank(), ranks, line.get_group() if len(ranks) > 1 else None)
+    return Group(name, line.get_local_rank(), tuple(line.mesh.tolist()), line.get_group())
 
 
 def _mismatch(config: ParallelConfig, world_size: int) -> str:

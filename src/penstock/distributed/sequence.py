@@ -16,14 +16,43 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from penstock.config import ParallelConfig
 from penstock.distributed import dispatch
 from penstock.distributed.attention import Sight
 from penstock.distributed.mesh import Mesh
 from penstock.distributed.streams import Streams
-from penstock.errors import GenerationError
+from penstock.errors import ConfigError, GenerationError
 from penstock.models.rows.row import Layout, Layouts, Row, StackRow
-from penstock.models.rows.table import blocks_of
+from penstock.models.rows.table import blocks_of, check_row, modules_of, reason_of, row_of
 from penstock.undo import Undo
+
+_Held = Layout | tuple[Layout, ...]
+
+
+def check_sequence(denoiser: nn.Module, config: ParallelConfig) -> Row:
+    """Whether the sequences of a denoiser can be split as configured, found out before its weights are needed.
+
+    Args:
+        denoiser: a model, perhaps without storage (on the meta device).
+        config: of which the degrees of the sequence are used.
+
+    Returns:
+        The row of its class.
+
+    Raises:
+        ConfigError: for a class that cannot be split, or that has no row.
+        DeclarationError: for a row that does not fit the class.
+    """
+    row, owner = row_of(denoiser), type(denoiser).__name__
+    if row is None:
+        reason = reason_of(denoiser)
+        raise ConfigError(
+            f"the sequence of {owner} cannot be split over {config.sequence_size} ranks: "
+            + (f"{reason}. " if reason else "it has no row, 10 to 20 lines of data (docs/concepts/sequence.md). ")
+            + "Use ulysses_degree=1 and ring_degree=1, and split guidance (cfg_parallel_size) or weights instead."
+        )
+    check_row(denoiser, row)
+    return row
 
 
 def apply_sequence(denoiser: nn.Module, row: Row, mesh: Mesh) -> Undo:
@@ -40,14 +69,15 @@ def apply_sequence(denoiser: nn.Module, row: Row, mesh: Mesh) -> Undo:
     Raises:
         DeclarationError: for a row that does not fit the class.
 
-    Cost: per forward one all-gather for each tensor that the last block gives, and per attention what `attend` says.
+    Cost: per forward one all-gather for each stream that leaves the last block, and per attention what `attend` says.
     """
     undo = Undo()
     if mesh["sequence"].size == 1:
         return undo
     dispatch.install()
     undo.add(dispatch.uninstall)
-    split = _Split(denoiser, row, Streams(mesh["sequence"], mesh["ulysses"], mesh["ring"], row.whole))
+    streams = Streams(mesh["sequence"], mesh["ulysses"], mesh["ring"], row.whole, type(denoiser).__name__)
+    split = _Split(denoiser, row, streams)
     undo.add(split.remove)
     split.install()
     return undo
@@ -60,7 +90,6 @@ class _Split:
         self.denoiser = denoiser
         self.row = row
         self.streams = streams
-        self.is_apart = False  # whether streams are joined after every block of this forward
         self.is_cut = False  # whether blocks gave streams that were not joined
         self.tokens: list[tuple[nn.Module, Token[Sight | None]]] = []
         self.handles: list[Any] = []
@@ -69,83 +98,99 @@ class _Split:
         row = self.row
         hook = self.denoiser.register_forward_pre_hook(self.begin, with_kwargs=True)
         self.handles += [hook, self.denoiser.register_forward_hook(self.end, always_call=True)]
-        stacks = [(stack, blocks_of(self.denoiser, stack)) for stack in row.stacks]
-        stacks = [(stack, blocks) for stack, blocks in stacks if blocks]
+        stacks = [(stack, blocks) for stack in row.stacks if (blocks := blocks_of(self.denoiser, stack))]
         for stack, blocks in stacks:
+            is_final = stack is stacks[-1][0] and not row.ends
             for block in blocks:
-                is_last = block is stacks[-1][1][-1]
+                is_last = block is blocks[-1] and (is_final or stack.is_closed)
                 self._hook_block(block, stack, is_last or stack.is_apart)
+        for module, text in modules_of(self.denoiser, row.ends):
+            self.handles.append(module.register_forward_pre_hook(partial(self.join_last, layout=Layout.of(text))))
+        for module, text in modules_of(self.denoiser, row.between):
+            layout = Layout.of(text)
+            self.handles.append(module.register_forward_pre_hook(partial(self.join_first, layout=layout)))
+            self.handles.append(module.register_forward_hook(partial(self.cut_again, layout=layout)))
 
     def remove(self) -> None:
         for handle in self.handles:
             handle.remove()
 
     def _hook_block(self, block: nn.Module, stack: StackRow, is_joined: bool) -> None:
-        names = list(inspect.signature(type(block).forward).parameters)[1:]
-        takes = {name: _layouts(layouts) for name, layouts in stack.takes.items()}
+        names = _parameters(block)
+        takes = {name: _held(layouts) for name, layouts in stack.takes.items()}
         gives = [Layout.of(text) for text in stack.gives]
         hook = partial(self.cut, takes=takes, names=names)
         self.handles.append(block.register_forward_pre_hook(hook, with_kwargs=True))
         self.handles.append(block.register_forward_hook(partial(self.join, gives=gives, is_joined=is_joined)))
         for path, module in block.named_modules():
-            seen = self.row.streams_of(path)
-            if seen is not None:
-                sight = Sight(self.streams, *seen)
+            seen = self.row.streams_of(stack, path)
+            if seen is not None and not all(map(self.streams.is_whole, seen[1])):
+                sight = Sight(self.streams, *seen, self.row.masks)
                 self.handles.append(module.register_forward_pre_hook(partial(self.look, sight=sight)))
                 self.handles.append(module.register_forward_hook(self.look_away, always_call=True))
 
-    def begin(self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def begin(
+        self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         self.look_away_from_all()
         self.streams.begin()
         self.is_cut = False
-        names = list(inspect.signature(type(denoiser).forward).parameters)[1:]
+        names = _parameters(denoiser)
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         for name, reason in self.row.refuses.items():
             if given.get(name) is not None and given[name] is not False:
                 raise GenerationError(
-                    f"{type(denoiser).__name__} was called with {name}, and {reason}. Leave it out, or use "
+                    f"{self.streams.owner} was called with {name}, and {reason}. Leave it out, or use "
                     "ulysses_degree=1 and ring_degree=1."
                 )
-        self.is_apart = any(given.get(name) is not None for name in self.row.residuals)
+        residuals = {name: Layout.of(text) for name, text in self.row.residuals.items()}
+        return self.cut(denoiser, args, kwargs, residuals, names)
 
     def end(self, denoiser: nn.Module, args: Any, output: Any) -> None:
         self.look_away_from_all()
         if self.is_cut and output is not None:
             raise GenerationError(
-                f"the last block of {type(denoiser).__name__} did not run, so that its tokens were left cut over "
+                f"the last block of {self.streams.owner} did not run, so that its tokens were left cut over "
                 f"{self.streams.group.size} ranks. Use ulysses_degree=1 and ring_degree=1 where blocks are skipped."
             )
 
     def cut(
         self,
-        block: nn.Module,
+        module: nn.Module,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        takes: Mapping[str, Sequence[Layout]],
+        takes: Mapping[str, _Held],
         names: Sequence[str],
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         positional, kwargs = list(args), dict(kwargs)
-        for name, layouts in takes.items():
+        for name, held in takes.items():
             if name in kwargs:
-                kwargs[name] = self._cut(kwargs[name], layouts, name)
+                kwargs[name] = self._cut(kwargs[name], held, name)
             elif name in names and names.index(name) < len(positional):
                 place = names.index(name)
-                positional[place] = self._cut(positional[place], layouts, name)
+                positional[place] = self._cut(positional[place], held, name)
         return tuple(positional), kwargs
 
-    def _cut(self, value: Any, layouts: Sequence[Layout], name: str) -> Any:
-        if isinstance(value, Tensor):
-            return self.streams.cut(value, layouts[0], name)
+    def _cut(self, value: Any, held: _Held, name: str) -> Any:
         if isinstance(value, (tuple, list)):
-            parts = [
-                self.streams.cut(part, layout, name) if isinstance(part, Tensor) else part
-                for part, layout in zip(value, layouts, strict=True)
-            ]
-            return type(value)(parts)
+            layouts = held if isinstance(held, tuple) else (held,) * len(value)
+            if len(layouts) != len(value):
+                raise GenerationError(
+                    f"{name} of {self.streams.owner} has {len(value)} parts, where its row knows {len(layouts)}. "
+                    "Use ulysses_degree=1 and ring_degree=1."
+                )
+            return type(value)([self._cut(*part, name) for part in zip(value, layouts, strict=True)])
+        layout = held[0] if isinstance(held, tuple) else held
+        if isinstance(value, dict):
+            return {key: self._cut(part, layout, name) for key, part in value.items()}
+        if isinstance(value, Tensor):
+            return self.streams.cut(value, layout, name)
+        if type(value) is int:
+            return self.streams.count(value, *layout.streams, from_end=layout.dim == -1)
         return value
 
     def join(self, block: nn.Module, args: Any, output: Any, gives: Sequence[Layout], is_joined: bool) -> Any:
-        self.is_cut = not (is_joined or self.is_apart)
+        self.is_cut = not is_joined
         if self.is_cut:
             return None
         if isinstance(output, Tensor):
@@ -155,6 +200,16 @@ class _Split:
             for part, layout in zip(output, gives, strict=True)
         ]
         return type(output)(joined)
+
+    def join_first(self, module: nn.Module, args: tuple[Any, ...], layout: Layout) -> tuple[Any, ...]:
+        return self.streams.join(args[0], layout), *args[1:]
+
+    def join_last(self, module: nn.Module, args: tuple[Any, ...], layout: Layout) -> tuple[Any, ...]:
+        self.is_cut = False
+        return self.join_first(module, args, layout)
+
+    def cut_again(self, module: nn.Module, args: Any, output: Tensor, layout: Layout) -> Tensor:
+        return self.streams.cut(output, layout, "what runs between blocks")
 
     def look(self, module: nn.Module, args: Any, sight: Sight) -> None:
         self.tokens.append((module, dispatch.attending(sight)))
@@ -169,5 +224,9 @@ class _Split:
             dispatch.done_attending(self.tokens.pop()[1])
 
 
-def _layouts(layouts: Layouts) -> list[Layout]:
-    return [Layout.of(text) for text in ([layouts] if isinstance(layouts, str) else layouts)]
+def _parameters(module: nn.Module) -> list[str]:
+    return list(inspect.signature(type(module).forward).parameters)[1:]
+
+
+def _held(layouts: Layouts) -> _Held:
+    return Layout.of(layouts) if isinstance(layouts, str) else tuple(map(Layout.of, layouts))

@@ -27,13 +27,17 @@ class Streams:
         group: the ranks that a sequence is cut over, ring and ulysses together.
         ulysses: those that trade tokens for heads.
         ring: those that pass keys and values around.
+        owner: name of the denoiser's class, for errors.
         lengths: tokens of each stream that was seen in this forward, before it was cut.
     """
 
-    def __init__(self, group: Group, ulysses: Group, ring: Group, whole: Iterable[str] = ()) -> None:
+    def __init__(
+        self, group: Group, ulysses: Group, ring: Group, whole: Iterable[str] = (), owner: str = "this denoiser"
+    ) -> None:
         self.group = group
         self.ulysses = ulysses
         self.ring = ring
+        self.owner = owner
         self.lengths: dict[str, int] = {}
         self._whole = frozenset(whole)
 
@@ -65,6 +69,15 @@ class Streams:
         start = min(ring_rank * width, length)
         return start, min(length - start, width)
 
+    def count(self, number: int, stream: str, from_end: bool = False) -> int:
+        """How many of the first (or last) `number` tokens of a stream lie in this rank's tensors, pads included."""
+        if self.is_whole(stream):
+            return number
+        if from_end:
+            return self.piece(stream) - self.count(self.lengths[stream] - number, stream)
+        piece = self.piece(stream)
+        return min(max(number - self.group.rank * piece, 0), piece)
+
     def cut(self, tensor: Tensor, layout: Layout, name: str = "a tensor") -> Tensor:
         """This rank's part of a tensor that carries streams; as it is where it was cut before, or carries none.
 
@@ -91,7 +104,7 @@ class Streams:
             return tensor
         raise GenerationError(
             f"{name} has {size} entries along dim {layout.dim}, where {'+'.join(layout.streams)} have {sum(lengths)}: "
-            "the row of this denoiser's class does not fit this call. Run it with ulysses_degree=1 and ring_degree=1."
+            f"the row of {self.owner} does not fit this call. Run it with ulysses_degree=1 and ring_degree=1."
         )
 
     def join(self, tensor: Tensor, layout: Layout) -> Tensor:
@@ -117,7 +130,7 @@ class Streams:
         if unseen:
             raise GenerationError(
                 f"{name} carries {'+'.join(layout.streams)}, and the length of {unseen[0]} is not known yet. Name an "
-                "argument that carries it alone first in the row of this denoiser's class."
+                f"argument that carries it alone first in the row of {self.owner}."
             )
         return [self.lengths[stream] for stream in layout.streams]
 

@@ -8,7 +8,7 @@ Owns the order in which these happen. Does not know requests or files of picture
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,13 @@ from weakref import WeakKeyDictionary
 import torch
 from safetensors import SafetensorError
 
-from penstock.config import LoadConfig, OffloadConfig
+from penstock.config import LoadConfig, OffloadConfig, ParallelConfig
+from penstock.distributed.mesh import Mesh
 from penstock.engine.arguments import check_defaults
 from penstock.engine.placed import place
-from penstock.engine.placement import choose_device, choose_dtype
+from penstock.engine.placement import choose_dtype
 from penstock.engine.plans import plan_pipeline
+from penstock.engine.splits import check_splits, join_ranks, split_weights
 from penstock.errors import ModelError, WeightsError
 from penstock.models.dtypes import load_stored, target_dtypes
 from penstock.models.folder import ModelNotes, open_folder
@@ -59,14 +61,26 @@ class Prepared:
         config: what was asked for.
         device: where the pipeline will run.
         dtype: of its weights, but for modules that a class keeps in float32.
-        plan: where its weights will go.
+        mesh: the ranks that its work is split over; one where it is not.
+        plan: where the weights of this rank will go.
     """
 
     skeleton: Skeleton
     config: LoadConfig
     device: torch.device
     dtype: torch.dtype
+    mesh: Mesh
     plan: Plan
+
+    @property
+    def parallel(self) -> ParallelConfig:
+        """How the work is split."""
+        return self.mesh.config
+
+    @property
+    def has_split_weights(self) -> bool:
+        """Whether a rank holds only some of the denoiser's weights."""
+        return self.parallel.pipeline_parallel_size * self.parallel.tensor_parallel_size > 1
 
     @property
     def notes(self) -> ModelNotes:
@@ -74,11 +88,19 @@ class Prepared:
         return self.skeleton.folder.notes
 
 
-def load(model: str | Path, *, on_progress: Callable[[LoadEvent], None] | None = None, **options: Any) -> Any:
+def load(
+    model: str | Path,
+    *,
+    parallel: ParallelConfig | None = None,
+    on_progress: Callable[[LoadEvent], None] | None = None,
+    **options: Any,
+) -> Any:
     """Load a pipeline: the stock diffusers class, its weights on the device.
 
     Args:
         model: `demo`, a folder saved by diffusers, or a hub id.
+        parallel: how its work is split over ranks, which torchrun or another launcher has started; every rank calls
+            `load`, and later the pipeline, with the same arguments.
         on_progress: called before each component and once at the end.
         **options: fields of `LoadConfig`: device, dtype, offload, max_weight_memory, prefetch, variant, ...
 
@@ -92,11 +114,11 @@ def load(model: str | Path, *, on_progress: Callable[[LoadEvent], None] | None =
 
     Cost: each weight is read once; on a device other than the CPU the peak of host memory is one component.
     """
-    return fill(prepare(model, LoadConfig.of(**options)), on_progress)
+    return fill(prepare(model, LoadConfig.of(**options), parallel), on_progress)
 
 
-def prepare(model: str | Path, config: LoadConfig) -> Prepared:
-    """Find a model and check that this machine can load it as asked.
+def prepare(model: str | Path, config: LoadConfig, parallel: ParallelConfig | None = None) -> Prepared:
+    """Find a model and check that this machine can load it, and these ranks can split it, as asked.
 
     Raises:
         UsageError: for what cannot work.
@@ -104,27 +126,34 @@ def prepare(model: str | Path, config: LoadConfig) -> Prepared:
 
     Cost: configs, tokenizers and safetensors headers are read; no weights.
     """
-    device = choose_device(config)
+    parallel = parallel or ParallelConfig()
+    device, mesh = join_ranks(config, parallel)
     dtype = choose_dtype(config, device)
     skeleton = build_skeleton(open_folder(model, config), config)
     check_defaults(skeleton.folder.notes.defaults, type(skeleton.pipeline))
-    return Prepared(skeleton, config, device, dtype, _plan(skeleton, config, device, dtype))
+    check_splits(skeleton.pipeline, parallel)
+    return Prepared(skeleton, config, device, dtype, mesh, _plan(skeleton, config, device, dtype, mesh))
 
 
-def _plan(skeleton: Skeleton, config: LoadConfig, device: torch.device, dtype: torch.dtype) -> Plan:
-    """Plan with the bytes that the files' headers tell of."""
+def _plan(skeleton: Skeleton, config: LoadConfig, device: torch.device, dtype: torch.dtype, mesh: Mesh) -> Plan:
+    """Plan with the bytes that the files' headers tell of, those of this rank."""
     records: dict[int, TensorRecord] = {}
-    dtypes: dict[int, torch.dtype] = {}
-    for name in skeleton.classes:
-        module = getattr(skeleton.pipeline, name)
+    modules = [getattr(skeleton.pipeline, name) for name in skeleton.classes]
+    for name, module in zip(skeleton.classes, modules, strict=True):
         records.update(as_stored(module, skeleton.indexes.get(name)))
-        dtypes.update(_dtypes(module, dtype))
+    split_weights(skeleton.pipeline, mesh)
+    dtypes = _all_dtypes(modules, dtype)
 
     def locate(name: str, tensor: torch.Tensor, num_bytes: int) -> Range | None:
         record = records.get(id(tensor))
         return FileRange(record.file, record.offset, num_bytes) if record else None
 
     return plan_pipeline(skeleton.pipeline, config, device, locate, dtypes).plan
+
+
+def _all_dtypes(modules: Iterable[torch.nn.Module], dtype: torch.dtype) -> dict[int, torch.dtype]:
+    """Of several modules."""
+    return {key: wanted for module in modules for key, wanted in _dtypes(module, dtype).items()}
 
 
 def _dtypes(module: torch.nn.Module, dtype: torch.dtype) -> dict[int, torch.dtype]:
@@ -155,8 +184,8 @@ def fill(prepared: Prepared, on_progress: Callable[[LoadEvent], None] | None = N
     for name in skeleton.classes:
         report(LoadEvent(component=name, done_bytes=done_bytes, total_bytes=total_bytes))
         try:
-            modules[name] = _load_component(prepared, name, as_stored=is_placed)
-            if not is_placed:
+            modules[name] = _load_component(prepared, name, as_stored=is_placed or prepared.has_split_weights)
+            if not is_placed and not prepared.has_split_weights:
                 modules[name].to(prepared.device)
         except torch.OutOfMemoryError as error:
             raise ModelError(
@@ -187,11 +216,12 @@ def _place(prepared: Prepared, pipeline: Any, modules: dict[str, Any], trace: bo
         prompt_cache=prepared.config.prompt_cache,
         check=prepared.config.check and plan.offload != "none",
     )
-    dtypes: dict[int, torch.dtype] = {}
-    if plan.offload != "none":
-        for module in modules.values():
-            dtypes.update(_dtypes(module, prepared.dtype))
-    place(pipeline, config, dtypes=dtypes, trace=trace, reason=plan.reason)
+    is_stored = plan.offload != "none" or prepared.has_split_weights  # else the libraries have cast the weights
+
+    def dtypes() -> dict[int, torch.dtype]:
+        return _all_dtypes(modules.values(), prepared.dtype) if is_stored else {}
+
+    place(pipeline, config, prepared.parallel, dtypes=dtypes, trace=trace, reason=plan.reason)
 
 
 def notes_of(pipeline: Any) -> ModelNotes:

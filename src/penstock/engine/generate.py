@@ -17,6 +17,7 @@ from penstock.engine.arguments import call_arguments, shown_arguments
 from penstock.engine.build import notes_of
 from penstock.engine.latents import require_finite, seen_latents
 from penstock.engine.outputs import read_output
+from penstock.engine.placed import placed_on
 from penstock.engine.steps import OnStep, step_events
 from penstock.errors import GenerationError, PenstockError
 from penstock.models.sizes import call_parameters, frame_rate
@@ -34,7 +35,8 @@ def generate(
     """Make what is asked for, one picture (video, sound) after the other.
 
     Picture i is made with seed `seed + i` by a call of its own: it equals the picture that this seed makes alone,
-    and memory does not grow with their number.
+    and memory does not grow with their number. With `data_parallel_size` N, group i % N makes picture i: each rank
+    yields those of its group.
 
     Args:
         pipeline: any diffusers pipeline.
@@ -51,7 +53,12 @@ def generate(
     """
     arguments = call_arguments(request, pipeline, notes_of(pipeline).defaults)
     seed = secrets.randbelow(_SEED_LIMIT) if request.seed is None else request.seed
-    results = (_run(pipeline, arguments, seed + item, item, on_step) for item in range(request.num_images))
+    items = range(request.num_images)
+    placed = placed_on(pipeline)
+    if placed is not None:
+        seed = int(placed.mesh["world"].broadcast(torch.tensor([seed]), 0))
+        items = items[placed.mesh["data"].rank :: placed.mesh["data"].size]
+    results = (_run(pipeline, arguments, seed + item, item, on_step) for item in items)
     if request.frame_rate is None:
         return results
     return (replace(result, frame_rate=request.frame_rate) for result in results)

@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,8 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import nn
 
-from penstock.config import LoadConfig
+from penstock.config import LoadConfig, ParallelConfig
+from penstock.distributed.group import Group
 from penstock.engine.arguments import call_arguments
 from penstock.engine.build import Prepared, fill, prepare
 from penstock.engine.generate import call
@@ -36,6 +37,9 @@ from penstock.models.quiet import quiet_libraries
 from penstock.models.sizes import call_parameters
 from penstock.models.stacks import find_stacks
 from penstock.request import GenerationRequest
+
+_SPLIT_TOLERANCE = 1e-4  # sums over ranks are made in another order
+_SHORT_TOLERANCE = 5e-2  # the same in dtypes of 16 bits
 
 Recording = dict[str, npt.NDArray[Any]]
 """What a run made: `latents` (what the VAE was given), and the arrays of the pipeline's output, by name."""
@@ -114,9 +118,10 @@ def verify(
     model: str | Path,
     request: GenerationRequest,
     *,
-    tolerance: float = 0.0,
+    tolerance: float | None = None,
     reference_dtype: str | None = None,
     control: bool = True,
+    parallel: ParallelConfig | None = None,
     **options: Any,
 ) -> Verification:
     """Compare stock diffusers with penstock under a configuration: same model, request and seed.
@@ -124,9 +129,11 @@ def verify(
     Args:
         model: `demo`, a folder saved by diffusers, or a hub id.
         request: what to generate; a seed of None counts as 0, so that a verification can be repeated.
-        tolerance: largest relative difference that passes, such as 1e-4; 0 asks for bit equality.
+        tolerance: largest relative difference that passes, such as 1e-4; 0 asks for bit equality. Left out, 0 on one
+            rank; on several, where sums are made in another order, 1e-4 in float32 and 5e-2 in shorter dtypes.
         reference_dtype: dtype of the plain run; None takes that of the configuration.
         control: also run with one damaged weight, which must not pass.
+        parallel: how the work is split; each rank makes the plain picture as well, and compares its own with it.
         **options: fields of `LoadConfig`: the configuration to verify.
 
     Raises:
@@ -136,11 +143,17 @@ def verify(
 
     Cost: two runs, or three with the control; one pipeline is in memory at a time.
     """
-    if tolerance < 0 or not math.isfinite(tolerance):
+    if tolerance is not None and (tolerance < 0 or not math.isfinite(tolerance)):
         raise ConfigError(f"tolerance={tolerance} is not a number from 0 up. 0 asks for bit equality.")
     if request.num_images != 1:
         raise RequestError(f"num_images={request.num_images}: verify compares one picture. Leave it out.")
-    prepared = prepare(model, LoadConfig.of(**options))
+    prepared = prepare(model, LoadConfig.of(**options), parallel)
+    if prepared.parallel.data_parallel_size > 1:
+        raise ConfigError(
+            f"data_parallel_size={prepared.parallel.data_parallel_size}: verify compares one picture, and each group "
+            "makes its own. Leave it out."
+        )
+    world = prepared.mesh["world"]
     plain_dtype = choose_dtype(LoadConfig(dtype=reference_dtype or "auto"), prepared.device)
     if reference_dtype is None:
         plain_dtype = prepared.dtype
@@ -149,11 +162,11 @@ def verify(
     reference = record(_plain(prepared, plain_dtype), arguments, seed)
     gc.collect()
     pipeline = fill(prepared)
-    differences = compare(reference, record(pipeline, arguments, seed))
+    differences = _worst(compare(reference, record(pipeline, arguments, seed)), world)
     damaged: tuple[Difference, ...] = ()
     if control:
         with damaged_weight(pipeline):
-            damaged = compare(reference, record(pipeline, arguments, seed))
+            damaged = _worst(compare(reference, record(pipeline, arguments, seed)), world)
     return Verification(
         model=str(model),
         configuration={
@@ -162,9 +175,10 @@ def verify(
             "reference_dtype": str(plain_dtype).removeprefix("torch."),
             "offload": prepared.plan.offload,
             "promised_bytes": prepared.plan.promised_bytes,
+            "split": prepared.parallel.equation(),
             "seed": seed,
         },
-        tolerance=tolerance,
+        tolerance=_tolerance(prepared) if tolerance is None else tolerance,
         differences=differences,
         control=damaged,
     )
@@ -217,6 +231,28 @@ def _difference(name: str, reference: npt.NDArray[Any] | None, candidate: npt.ND
         relative=largest / scale if scale else largest,
         psnr_db=math.inf if mean_square == 0 else _decibels(peak, mean_square),
     )
+
+
+def _worst(differences: tuple[Difference, ...], group: Group) -> tuple[Difference, ...]:
+    """Of every array, the rank's difference that is largest; NaN is larger than any number."""
+    if group.size == 1 or not differences:
+        return differences
+    own = torch.tensor(
+        [(item.max_difference, item.relative, item.psnr_db) for item in differences], dtype=torch.float64
+    )
+    ranks = torch.stack(group.all_gather(own))
+    worst = ranks[:, :, 1].nan_to_num(nan=math.inf, posinf=math.inf).argmax(0).tolist()
+    return tuple(
+        replace(item, max_difference=found[0], relative=found[1], psnr_db=found[2])
+        for index, item in enumerate(differences)
+        for found in (ranks[worst[index], index].tolist(),)
+    )
+
+
+def _tolerance(prepared: Prepared) -> float:
+    if prepared.parallel.world_size == 1:
+        return 0.0
+    return _SPLIT_TOLERANCE if prepared.dtype == torch.float32 else _SHORT_TOLERANCE
 
 
 def _decibels(peak: float, mean_square: float) -> float:

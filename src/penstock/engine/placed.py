@@ -7,16 +7,18 @@ Owns the way from a configuration to a plan, and what is placed at the moment. T
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
 from torch import nn
 
-from penstock.config import OffloadConfig, config_of
-from penstock.engine.placement import choose_device
+from penstock.config import OffloadConfig, ParallelConfig, config_of
+from penstock.distributed.mesh import Mesh
 from penstock.engine.plans import Dtypes, Planned, plan_pipeline
+from penstock.engine.splits import check_splits, join_ranks, split_weights, split_work
 from penstock.errors import ConfigError, NotAPipelineError
 from penstock.machine import read_machine
 from penstock.models.components import discover
@@ -24,8 +26,9 @@ from penstock.offload.prompts import PromptCache
 from penstock.offload.streamer import Settings, Streamer
 from penstock.offload.units import Locate
 from penstock.planner.solve import budget_for
-from penstock.report import Report, UnitReport, ZeroStall
+from penstock.report import Report, TrafficReport, UnitReport, ZeroStall
 from penstock.timeline import Timeline
+from penstock.undo import Undo
 from penstock.weights.maps import MappedFiles
 from penstock.weights.ranges import FileRange, Range
 
@@ -35,21 +38,47 @@ _DIRECT_SHARE = 0.5  # of free host memory: files larger than this are read past
 _STORE_SHARE = 0.6  # of free host memory that pinned weights may take
 
 
+@dataclass(frozen=True)
+class _Split:
+    """How a pipeline is split over ranks, and what takes it back.
+
+    Attributes:
+        mesh: of all ranks.
+        dtypes: of the weights on the device; looked up after a split, which makes new weights.
+        weights: puts back those of other ranks.
+        work: takes hooks and wrappers away.
+    """
+
+    mesh: Mesh
+    dtypes: Callable[[], Dtypes]
+    weights: Undo
+    work: Undo = field(default_factory=Undo)
+
+
 class Placed:
     """A pipeline whose weights penstock has placed; a context manager that removes itself.
 
     Attributes:
         pipeline: the stock pipeline, to be called as ever.
         plan: where everything is.
+        mesh: the ranks that it is split over; one rank where it is not.
         timeline: what happened when, where it was asked for.
     """
 
     def __init__(
-        self, pipeline: Any, planned: Planned, streamer: Streamer | None, prompts: PromptCache, notes: tuple[str, ...]
+        self,
+        pipeline: Any,
+        planned: Planned,
+        split: _Split,
+        streamer: Streamer | None,
+        prompts: PromptCache,
+        notes: tuple[str, ...],
     ) -> None:
         self.pipeline = pipeline
         self.plan = planned.plan
+        self.mesh = split.mesh
         self._planned = planned
+        self._split = split
         self._streamer = streamer
         self._prompts = prompts
         self._notes = notes
@@ -67,7 +96,7 @@ class Placed:
         hits = self._prompts.num_hits
         streamer = self._streamer
         if streamer is None:
-            return Report(plan=self.plan, units=(), notes=self._notes, num_prompt_hits=hits)
+            return Report(plan=self.plan, units=(), notes=self._notes, num_prompt_hits=hits, **self._split_report())
         residency = streamer.residency
         units = tuple(
             UnitReport(
@@ -93,7 +122,21 @@ class Placed:
             num_demanded=residency.num_demanded,
             num_prompt_hits=hits,
             zero_stall=tuple(self._zero_stalls(streamer)),
+            **self._split_report(),
         )
+
+    def _split_report(self) -> dict[str, Any]:
+        """How the work is split, and what this rank exchanged with the others."""
+        if self.mesh["world"].size == 1:
+            return {}
+        traffic = tuple(
+            TrafficReport(
+                axis=axis, operation=operation, num_calls=num_calls, received_bytes=item.received_bytes[operation]
+            )
+            for axis, item in self.mesh.traffic().items()
+            for operation, num_calls in sorted(item.num_calls.items())
+        )
+        return {"split": self.mesh.config.equation(), "rank": self.mesh["world"].rank, "traffic": traffic}
 
     def _zero_stalls(self, streamer: Streamer) -> list[ZeroStall]:
         """r = ceil(n (1 - compute / fill)): with so many residents, filling hides behind compute."""
@@ -118,13 +161,14 @@ class Placed:
         return found
 
     def remove(self) -> None:
-        """Put the pipeline back as it was; a second call does nothing.
+        """Put the pipeline back as it was; a second call does nothing. All ranks do it together.
 
         Cost: nothing, where weights have their stored dtype; those that were cast on the way to the device are cast
         now, and take host memory.
         """
         if placed_on(self.pipeline) is not self:
             return
+        self._split.work.run()
         self._prompts.remove()
         if self._streamer is not None:
             self._last_report = self.report()
@@ -132,6 +176,8 @@ class Placed:
             self._streamer = None  # and with it the device's memory
         elif str(self._device_before) != self.plan.device:
             self.pipeline.to(self._device_before)
+        self._split.weights.run()
+        _cast(self.pipeline, self._split.dtypes())
         for module in [module for module, owner in _OWNERS.items() if owner() is self]:
             del _OWNERS[module]
         del vars(self.pipeline)[_HANDLE]  # last: interrupted before, remove() goes on where it was
@@ -143,14 +189,16 @@ class Placed:
         self.remove()
 
 
-def apply(pipeline: Any, *, trace: bool = False, **options: Any) -> Placed:
-    """Place an existing pipeline, in place: its weights stream to the device as they are needed.
+def apply(pipeline: Any, *, parallel: ParallelConfig | None = None, trace: bool = False, **options: Any) -> Placed:
+    """Place an existing pipeline, in place: its weights stream to the device as they are needed, its work is split.
 
     Weights that are still mapped from their checkpoint stream from there and need no host memory; what was cast,
     made or changed in memory stays there and streams from it.
 
     Args:
         pipeline: any diffusers pipeline on the CPU, or any object that holds modules; it is changed in place.
+        parallel: how its work is split over ranks, which torchrun or another launcher has started; every rank calls
+            `apply`, and later the pipeline, with the same arguments.
         trace: keep a `Timeline` of fills, waits and compute.
         **options: fields of `OffloadConfig`: device, offload, max_weight_memory, prefetch, prompt_cache, check.
 
@@ -162,14 +210,15 @@ def apply(pipeline: Any, *, trace: bool = False, **options: Any) -> Placed:
 
     Cost: no weights are read; one allocation on the device.
     """
-    return place(pipeline, config_of(OffloadConfig, **options), trace=trace)
+    return place(pipeline, config_of(OffloadConfig, **options), parallel, trace=trace)
 
 
 def place(
     pipeline: Any,
     config: OffloadConfig,
+    parallel: ParallelConfig | None = None,
     *,
-    dtypes: Dtypes | None = None,
+    dtypes: Callable[[], Dtypes] = dict,
     trace: bool = False,
     reason: str | None = None,
 ) -> Placed:
@@ -178,7 +227,8 @@ def place(
     Args:
         pipeline: on the CPU.
         config: what is asked for.
-        dtypes: by the tensor's id, the dtype wanted on the device; as it is where left out.
+        parallel: how it is split over ranks; not at all where left out.
+        dtypes: gives, by the tensor's id, the dtype wanted on the device; as it is where left out.
         trace: keep a timeline.
         reason: why this configuration, where it was chosen before.
 
@@ -191,32 +241,57 @@ def place(
             "as attributes; penstock.load takes names and folders."
         )
     _require_unplaced(pipeline)
-    device = choose_device(config)
-    planned = plan_pipeline(pipeline, config, device, _in_memory(), dtypes)
+    parallel = parallel or ParallelConfig()
+    device, mesh = join_ranks(config, parallel)
+    check_splits(pipeline, parallel)
+    split = _Split(mesh, dtypes, split_weights(pipeline, mesh))
+    try:
+        planned = plan_pipeline(pipeline, config, device, _in_memory(), dtypes())
+    except ConfigError:
+        split.weights.run()
+        raise
     if reason is not None:
         planned = replace(planned, plan=replace(planned.plan, reason=reason))
+    return _carry_out(pipeline, config, planned, split, Timeline() if trace else None)
+
+
+def _carry_out(
+    pipeline: Any, config: OffloadConfig, planned: Planned, split: _Split, timeline: Timeline | None
+) -> Placed:
+    """Do to a pipeline what was planned."""
+    device = torch.device(planned.plan.device)
     prompts = PromptCache(pipeline, config.prompt_cache_bytes)
     streamer = None
-    if planned.plan.offload == "none":
-        if _device_of(pipeline) != device and hasattr(pipeline, "to"):
-            pipeline.to(device)
-    else:
-        timeline = Timeline() if trace else None
+    if planned.plan.offload != "none":
         streamer = Streamer(pipeline, planned.partition, planned.plan, _settings(planned, config, device), timeline)
-    placed = Placed(pipeline, planned, streamer, prompts, tuple(_notes(planned, config, device)))
+    placed = Placed(pipeline, planned, split, streamer, prompts, tuple(_notes(planned, config, device)))
     vars(pipeline)[_HANDLE] = placed  # first: what is interrupted can be removed
     is_whole = False
     try:
-        if streamer is not None:
+        if streamer is None:
+            _cast(pipeline, split.dtypes())
+            if _device_of(pipeline) != device and hasattr(pipeline, "to"):
+                pipeline.to(device)
+        else:
             modules = [module for component in discover(pipeline).components for module in component.module.modules()]
             _OWNERS.update((module, ref(placed)) for module in modules)
             streamer.install()
         prompts.install()
+        split.work.add(split_work(pipeline, split.mesh).run)
         is_whole = True
     finally:
         if not is_whole:
             placed.remove()
     return placed
+
+
+def _cast(pipeline: Any, dtypes: Dtypes) -> None:
+    """Give weights the dtype that they are to have, where they have another."""
+    for component in discover(pipeline).components:
+        for tensor in (*component.module.parameters(), *component.module.buffers()):
+            wanted = dtypes.get(id(tensor), tensor.dtype)
+            if tensor.dtype != wanted:
+                tensor.data = tensor.data.to(wanted)
 
 
 def placed_on(pipeline: Any) -> Placed | None:

@@ -1,4 +1,4 @@
-"""The row of a denoiser: its own class's, or that of the nearest class above it.
+"""The row of a denoiser: its own class's, or that of the nearest class above it; or why there can be none.
 
 A class may carry its row as an attribute, `_sequence_row`; `ROWS[name] = Row(...)` adds one for a class that cannot.
 
@@ -8,14 +8,16 @@ Owns the lookup, and whether a row fits. Does not know what a row is used for.
 from __future__ import annotations
 
 import inspect
+import re
+from collections.abc import Iterable, Iterator, Mapping
 
 from torch import nn
 
 from penstock.errors import DeclarationError
-from penstock.models.rows import image, video
+from penstock.models.rows import image, refused, sound, video
 from penstock.models.rows.row import Layout, Row, StackRow
 
-ROWS: dict[str, Row] = {**image.ROWS, **video.ROWS}
+ROWS: dict[str, Row] = {**image.ROWS, **video.ROWS, **sound.ROWS}
 """By the name of the class."""
 
 
@@ -25,10 +27,15 @@ def row_of(denoiser: nn.Module) -> Row | None:
     if isinstance(declared, Row):
         return declared
     for owner in type(denoiser).__mro__:
-        row = ROWS.get(owner.__name__)
-        if row is not None:
-            return row
+        if owner.__name__ in ROWS or owner.__name__ in refused.REFUSED:
+            return ROWS.get(owner.__name__)
     return None
+
+
+def reason_of(denoiser: nn.Module) -> str | None:
+    """Why the tokens of a denoiser's class cannot be split; None where no reason is known."""
+    found = (refused.REFUSED.get(owner.__name__) for owner in type(denoiser).__mro__)
+    return next(filter(None, found), None)
 
 
 def blocks_of(denoiser: nn.Module, stack: StackRow) -> tuple[nn.Module, ...]:
@@ -48,34 +55,56 @@ def blocks_of(denoiser: nn.Module, stack: StackRow) -> tuple[nn.Module, ...]:
     return tuple(found)
 
 
+def modules_of(denoiser: nn.Module, texts: Mapping[str, str]) -> Iterator[tuple[nn.Module, str]]:
+    """The modules that a row names by regular expressions over their paths, each with its text."""
+    for path, module in denoiser.named_modules():
+        for pattern, text in texts.items():
+            if re.fullmatch(pattern, path):
+                yield module, text
+
+
 def check_row(denoiser: nn.Module, row: Row) -> None:
     """Whether a row's names are those of the class.
 
     Raises:
-        DeclarationError: for a stack, an argument, a stream or an attention that is not there.
+        DeclarationError: for a stack, an argument, a stream, an attention or an end that is not there.
     """
     owner = type(denoiser).__name__
-    is_seen = dict.fromkeys(row.attention, False)
-    known: set[str] = set()
-    for stack in row.stacks:
-        for text in (text for layouts in stack.takes.values() for text in _texts(layouts)):
-            known.update(Layout.of(text).streams)
-        for block in blocks_of(denoiser, stack):
-            names = inspect.signature(type(block).forward).parameters
-            for name in stack.takes:
-                if name not in names:
-                    raise DeclarationError(
-                        f"the row of {owner} says that {stack.path} take {name!r}, and {type(block).__name__}.forward "
-                        f"takes {', '.join(list(names)[1:])}. Correct the row."
-                    )
-            for path, _ in block.named_modules():
-                is_seen.update(dict.fromkeys(row.patterns_of(path), True))
-    unseen = [pattern for pattern, seen in is_seen.items() if not seen]
-    if unseen and any(blocks_of(denoiser, stack) for stack in row.stacks):
+    blocks = [(stack, block) for stack in row.stacks for block in blocks_of(denoiser, stack)]
+    for stack, block in blocks:
+        _check_arguments(owner, f"{stack.path} take", type(block), stack.takes)
+    _check_arguments(owner, "it takes", type(denoiser), {**row.residuals, **row.refuses})
+    found = {
+        pattern
+        for stack, block in blocks
+        for path, _ in block.named_modules()
+        for pattern in row.patterns_of(stack, path)
+    }
+    unseen = [pattern for pattern in row.attention if pattern not in found]
+    if unseen and blocks:
         raise DeclarationError(f"the row of {owner} names the attention {unseen[0]!r}, and no block has it.")
-    named = {stream for seen in row.attention.values() for text in _texts(seen) for stream in Layout.of(text).streams}
+    for pattern, text in {**row.ends, **row.between}.items():
+        if not any(modules_of(denoiser, {pattern: text})):
+            raise DeclarationError(f"the row of {owner} names the module {pattern!r}, and the class has none.")
+    known = _streams(text for stack in row.stacks for layouts in stack.takes.values() for text in _texts(layouts))
+    named = _streams(text for seen in row.attention.values() for text in _texts(seen))
     if not named <= known:
         raise DeclarationError(f"the row of {owner} has attention over {sorted(named - known)}, which no block takes.")
+
+
+def _check_arguments(owner: str, taker: str, kind: type[nn.Module], names: Iterable[str]) -> None:
+    taken = inspect.signature(kind.forward).parameters
+    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values())
+    for name in names:
+        if name not in taken and not takes_all:
+            raise DeclarationError(
+                f"the row of {owner} says that {taker} {name!r}, and {kind.__name__}.forward takes "
+                f"{', '.join(list(taken)[1:])}. Correct the row."
+            )
+
+
+def _streams(texts: Iterable[str]) -> set[str]:
+    return {stream for text in texts for stream in Layout.of(text).streams}
 
 
 def _texts(layouts: str | tuple[str, ...]) -> tuple[str, ...]:

@@ -17,14 +17,15 @@ Owns the notation and the table. Does not know ranks, or how anything is cut.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from diffusers.hooks.tensor_parallel import PackedColwiseParallel, PackedRowwiseParallel
 from diffusers.models.activations import GEGLU, SwiGLU
 from torch import nn
 
 Parts = Callable[[nn.Linear, nn.Module], Sequence[int]]
-"""From a layer and the module that holds it: the widths, side by side along the dim, that are each cut for all ranks."""
+"""From a layer and the module that holds it: widths, side by side along the dim, each of which is cut."""
 
 
 @dataclass(frozen=True)
@@ -51,12 +52,13 @@ class Local:
 
     Attributes:
         attributes: whole numbers that are divided by the number of ranks; those that it has not are skipped.
-        rotary: arguments of its forward that hold a rotation for the whole width, (batch, tokens, width), or for each
-            head, (batch, heads, tokens, width): cut along the width, or along the heads.
+        rotary: arguments of its forward, given by name, that hold a rotation for all heads: a tuple of tensors.
+        rotary_dims: by the number of a rotation's dims, the one of heads, or of the width of all heads.
     """
 
     attributes: tuple[str, ...]
     rotary: tuple[str, ...] = ()
+    rotary_dims: Mapping[int, int] = field(default_factory=dict)
 
 
 Style = Split | Norm | Local
@@ -87,9 +89,9 @@ def _inputs(*names: str) -> dict[str, Style]:
     return dict.fromkeys(names, COLWISE)
 
 
-def _turning(*arguments: str) -> dict[str, Style]:
-    """Attention whose rotation spans the width of all heads."""
-    return {"": Local(HEADS.attributes, arguments)}
+def _turning(rotary_dims: Mapping[int, int], *arguments: str) -> dict[str, Style]:
+    """Attention whose rotation is not the same for all heads."""
+    return {"": Local(HEADS.attributes, arguments, rotary_dims)}
 
 
 _QUERIES = {**_inputs("to_q", "to_k", "to_v"), "": HEADS}
@@ -160,15 +162,25 @@ _SELF_ATTENTION = {
 }
 _CROSS_ATTENTION = {**_SELF_ATTENTION, **_under("transformer_blocks.*.attn2", _ATTENTION)}
 
+_MOCHI = {
+    **_under("transformer_blocks.*.attn1", _JOINT, _turning({3: 1}, "image_rotary_emb")),
+    **_under("transformer_blocks.*.ff", _FEED_FORWARD),
+    **_under("transformer_blocks.*.ff_context", _FEED_FORWARD),
+}
+_ERNIE = {
+    **_under("layers.*.self_attention", _ATTENTION),
+    **_under("layers.*.mlp", {**_inputs("gate_proj", "up_proj"), "linear_fc2": ROWWISE}),
+}
+
 _LTX = {
-    **_under("transformer_blocks.*.attn1", _NORMED, _turning("image_rotary_emb")),
+    **_under("transformer_blocks.*.attn1", _NORMED, _turning({3: 2}, "image_rotary_emb")),
     **_under("transformer_blocks.*.attn2", _NORMED),
     **_under("transformer_blocks.*.ff", _FEED_FORWARD),
 }
 _LTX2_ATTENTION = {
     **_NORMED,
     "to_gate_logits": COLWISE,
-    **_turning("query_rotary_emb", "key_rotary_emb"),
+    **_turning({3: 2, 4: 1}, "query_rotary_emb", "key_rotary_emb"),
 }
 _LTX2 = {
     **{
@@ -191,23 +203,37 @@ def _kandinsky5(stack: str) -> dict[str, Style]:
 
 
 PLANS: dict[str, TensorPlan] = {
+    "AllegroTransformer3DModel": _CROSS_ATTENTION,
     "AuraFlowTransformer2DModel": _AURA,
+    "BriaFiboTransformer2DModel": _FLUX,
     "BriaTransformer2DModel": _FLUX,
     "ChromaTransformer2DModel": _FLUX,
+    "ChronoEditTransformer3DModel": _wan("blocks"),
     "CogVideoXTransformer3DModel": _SELF_ATTENTION,
+    "CogView3PlusTransformer2DModel": _SELF_ATTENTION,
     "CogView4Transformer2DModel": _SELF_ATTENTION,
+    "ConsisIDTransformer3DModel": _SELF_ATTENTION,
+    "CosmosTransformer3DModel": _CROSS_ATTENTION,
+    "ErnieImageTransformer2DModel": _ERNIE,
     "GlmImageTransformer2DModel": _SELF_ATTENTION,
+    "HunyuanImageTransformer2DModel": _HUNYUAN,
     "HunyuanVideo15Transformer3DModel": {**_REFINER, **_DOUBLE_BLOCKS},
+    "HunyuanVideoFramepackTransformer3DModel": _HUNYUAN,
     "HunyuanVideoTransformer3DModel": _HUNYUAN,
-    "Kandinsky5Transformer3DModel": {**_kandinsky5("text_transformer_blocks"), **_kandinsky5("visual_transformer_blocks")},
+    "Kandinsky5Transformer3DModel": {
+        **_kandinsky5("text_transformer_blocks"),
+        **_kandinsky5("visual_transformer_blocks"),
+    },
     "LTX2VideoTransformer3DModel": _LTX2,
     "LTXVideoTransformer3DModel": _LTX,
     "LongCatImageTransformer2DModel": _FLUX,
     "Lumina2Transformer2DModel": {**_lumina2("noise_refiner"), **_lumina2("context_refiner"), **_lumina2("layers")},
+    "MochiTransformer3DModel": _MOCHI,
     "OvisImageTransformer2DModel": _OVIS,
     "PixArtTransformer2DModel": _CROSS_ATTENTION,
     "SD3Transformer2DModel": {**_DOUBLE_BLOCKS, **_under("transformer_blocks.*.attn2", _ATTENTION)},
     "SkyReelsV2Transformer3DModel": _wan("blocks"),
+    "WanAnimateTransformer3DModel": {**_wan("blocks"), **_under("face_adapter.*", {**_QUERIES, "to_out": ROWWISE})},
     "WanTransformer3DModel": _wan("blocks"),
     "WanVACETransformer3DModel": {**_wan("blocks"), **_wan("vace_blocks")},
     "ZImageTransformer2DModel": {**_z_image("noise_refiner"), **_z_image("context_refiner"), **_z_image("layers")},
@@ -244,5 +270,5 @@ def _of_diffusers(style: object) -> Split:
     raise TypeError(f"{style!r} is no style of a `_tp_plan`.")
 
 
-def _proportions(width: int, blocks: Sequence[int]) -> Sequence[int]:
+def _proportions(width: int, blocks: Any) -> Sequence[int]:
     return tuple(width * block // sum(blocks) for block in blocks)

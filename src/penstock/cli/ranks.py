@@ -1,0 +1,113 @@
+"""The ranks of a command: started from a plain shell, found where a launcher started them.
+
+Owns which rank speaks and writes, and which pictures it makes. Does not know how the work on one is split.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import typer
+
+from penstock.config import ParallelConfig
+from penstock.distributed.environment import read_environment, stop
+from penstock.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """This process among the ranks of a command.
+
+    Attributes:
+        rank: from 0.
+        num_ranks: in all.
+        replica: which group of ranks it is in, of those that each make pictures of their own.
+        num_replicas: how many there are.
+    """
+
+    rank: int = 0
+    num_ranks: int = 1
+    replica: int = 0
+    num_replicas: int = 1
+
+    @property
+    def speaks(self) -> bool:
+        """Whether it has the user's terminal: the first of all."""
+        return self.rank == 0
+
+    @property
+    def writes(self) -> bool:
+        """Whether it saves the pictures of its replica: the first of it."""
+        return self.rank % (self.num_ranks // self.num_replicas) == 0
+
+    def items(self, count: int) -> range:
+        """Which of so many pictures its replica makes."""
+        return range(self.replica, count, self.num_replicas)
+
+    def gather(self, value: Any) -> list[Any]:
+        """Each rank's value, in their order; all ranks must call this."""
+        if self.num_ranks == 1:
+            return [value]
+        import torch.distributed as dist
+
+        values = [None] * self.num_ranks
+        dist.all_gather_object(values, value)
+        return values
+
+    def leave(self) -> None:
+        """Part from the other ranks, once all is done; after a failure there is nothing to part from in order."""
+        if self.num_ranks > 1:
+            stop()
+
+
+def take_place(parallel: ParallelConfig) -> Place:
+    """Find this process's place; a plain shell that asks for several ranks starts them, and leaves as they do.
+
+    Raises:
+        ConfigError: where a launcher's variables are incomplete, or not all ranks could be started.
+        typer.Exit: with the exit code of the ranks that were started.
+    """
+    environment = read_environment()
+    if environment is not None:
+        num_replicas = parallel.data_parallel_size
+        size = max(1, environment.world_size // num_replicas)
+        return Place(
+            rank=environment.rank,
+            num_ranks=environment.world_size,
+            replica=environment.rank // size,
+            num_replicas=num_replicas,
+        )
+    if parallel.world_size == 1:
+        return Place()
+    from penstock.engine.launch import launch
+
+    try:
+        code = launch(_command(), parallel.world_size)
+    except OSError as error:
+        raise ConfigError(
+            f"{parallel.equation()} = {parallel.world_size} ranks could not all be started: {error.strerror or error}. "
+            "Ask for fewer."
+        ) from error
+    raise typer.Exit(code)
+
+
+def _command() -> list[str]:
+    """This very command line, for a rank; a folder called `penstock` in the current one is not looked into."""
+    is_module = sys.argv[0].endswith("__main__.py")
+    return [sys.executable, *([] if is_module else ["-P"]), "-m", "penstock", *sys.argv[1:]]
+
+
+def check_replicas(parallel: ParallelConfig, num_images: int) -> None:
+    """Refuse replicas that would have nothing to do.
+
+    Raises:
+        ConfigError: where there are more of them than pictures.
+    """
+    if parallel.data_parallel_size > num_images:
+        raise ConfigError(
+            f"data_parallel_size({parallel.data_parallel_size}) replicas each make pictures of their own, and "
+            f"{num_images} is asked for. Try --num-images {parallel.data_parallel_size} or --data-parallel-size "
+            f"{num_images}."
+        )

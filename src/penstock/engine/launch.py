@@ -1,0 +1,220 @@
+"""Start the ranks of a run on this machine, and end them all: when they are done, when one fails, when asked to.
+
+    shell -> this process (no torch) -> rank 0 (the user's terminal), rank 1, ... (silent; standard error kept)
+
+Owns processes and signals. A launcher passes Ctrl-C and SIGTERM on as one SIGTERM each: its ranks never see the
+terminal's own. Does not know what the ranks do; what they owe in turn is `distributed/launcher.py`.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import IO, Any
+
+from penstock.distributed.launcher import ERRORS, LAUNCHER, LISTENER
+
+_POLL_S = 0.05
+_GRACE_S = 3.0
+_SHOWN_LINES = 40
+_WISHES = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_SHOW_CURSOR = "\x1b[?25h"
+
+
+@dataclass
+class _Rank:
+    """One process: its number, what it said on standard error (None: the user's own), and how it ended."""
+
+    number: int
+    process: subprocess.Popen[bytes]
+    said: IO[bytes] | None
+
+    def tail(self) -> str:
+        """The last lines of what it said."""
+        if self.said is None:
+            return ""
+        self.said.seek(0)
+        lines = self.said.read().decode(errors="replace").strip().splitlines()
+        return "\n".join(lines[-_SHOWN_LINES:])
+
+
+@dataclass
+class _Wishes:
+    """The signals that this process was sent, in order."""
+
+    numbers: list[int] = field(default_factory=list)
+
+    def add(self, number: int, frame: Any) -> None:
+        """Note one; a signal handler."""
+        self.numbers.append(number)
+
+
+def launch(command: Sequence[str], num_ranks: int, *, grace_s: float = _GRACE_S) -> int:
+    """Run a command as several ranks on this machine, until all have ended.
+
+    Rank 0 has this process's terminal; the others print nowhere, but what a failing one said on standard error
+    is shown, unless rank 0 told the user the same (`launcher.tell`).
+
+    Args:
+        command: of each rank; it must call `launcher.obey` first of all.
+        num_ranks: how many.
+        grace_s: once a rank has failed, the others have so long to end by themselves, then as long to tidy up when
+            they are asked to end; who still runs is killed. After Ctrl-C they are asked at once.
+
+    Returns:
+        0, or the exit code of the rank that failed first, 128 + n for signal n; where this process was sent a
+        signal, 128 + n for that: 130 after Ctrl-C.
+
+    Raises:
+        OSError: where not all could be started; those that were have ended.
+    """
+    wishes = _Wishes()
+    with ExitStack() as stack:
+        errors = stack.enter_context(tempfile.TemporaryFile())
+        listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        stack.enter_context(_heard(wishes))
+        ranks: list[_Rank] = []
+        stack.callback(_kill, ranks)
+        handed = {ERRORS: errors.fileno(), LISTENER: listener.fileno()}
+        shared = _variables(num_ranks, listener.getsockname()[1])
+        with _held(signal.SIGINT):  # ranks inherit that it is held back, and so never see the terminal's
+            for number in range(num_ranks):
+                ranks.append(_start(command, number, shared, handed, stack))
+        failed = _wait(ranks, wishes, grace_s)
+        if not any(rank.process.returncode for rank in ranks):
+            return 0
+        if wishes.numbers or failed is None:
+            return 128 + wishes.numbers[0]
+        errors.seek(0)
+        _explain(failed, errors.read().decode(errors="replace"))
+        return _exit_code(failed)
+
+
+def _variables(num_ranks: int, port: int) -> dict[str, str]:
+    """The environment that all ranks share: what torchrun sets, and a fair part of the CPU for each."""
+    num_cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return {
+        "OMP_NUM_THREADS": str(max(1, num_cpus // num_ranks)),
+        "TORCH_CPP_LOG_LEVEL": "ERROR",  # a peer that has gone is told of in words, not in stacks of addresses
+        **os.environ,
+        "WORLD_SIZE": str(num_ranks),
+        "LOCAL_WORLD_SIZE": str(num_ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        LAUNCHER: str(os.getpid()),
+    }
+
+
+def _start(
+    command: Sequence[str], number: int, shared: Mapping[str, str], handed: Mapping[str, int], stack: ExitStack
+) -> _Rank:
+    """Start one rank; only rank 0 is handed the open files."""
+    own = {"RANK": str(number), "LOCAL_RANK": str(number)}
+    if number == 0:
+        own.update((name, str(file)) for name, file in handed.items())
+        return _Rank(0, subprocess.Popen(command, env={**shared, **own}, pass_fds=tuple(handed.values())), None)
+    said = stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115
+    process = subprocess.Popen(
+        command, env={**shared, **own}, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=said
+    )
+    return _Rank(number, process, said)
+
+
+def _wait(ranks: list[_Rank], wishes: _Wishes, grace_s: float) -> _Rank | None:
+    """Wait until all have ended, or have been ended; the one that failed first, None where none did."""
+    running = list(ranks)
+    failed: _Rank | None = None
+    ending: _Ending | None = None
+    num_heard = 0
+    while running:
+        for rank in [rank for rank in running if rank.process.poll() is not None]:
+            running.remove(rank)
+            if rank.process.returncode and failed is None:
+                failed = rank
+                ending = ending or _Ending(asks_after_s=grace_s, kills_after_s=2 * grace_s)
+        if len(wishes.numbers) > num_heard:
+            is_patient = num_heard == 0 and len(wishes.numbers) == 1
+            num_heard = len(wishes.numbers)
+            ending = _Ending(asks_after_s=0, kills_after_s=grace_s if is_patient else 0)
+        if ending is not None:
+            ending.go_on(running)
+        time.sleep(_POLL_S if running else 0)
+    return failed
+
+
+class _Ending:
+    """Ends ranks: first it waits, then it asks, then it kills."""
+
+    def __init__(self, asks_after_s: float, kills_after_s: float) -> None:
+        begun_s = time.monotonic()
+        self._asks_s, self._kills_s = begun_s + asks_after_s, begun_s + kills_after_s
+        self._has_asked = False
+
+    def go_on(self, running: list[_Rank]) -> None:
+        """Do to those that still run what it is time for."""
+        now_s = time.monotonic()
+        if now_s >= self._kills_s:
+            _kill(running)
+            running.clear()
+        elif now_s >= self._asks_s and not self._has_asked:
+            self._has_asked = True
+            for rank in running:
+                rank.process.terminate()
+
+
+def _kill(ranks: list[_Rank]) -> None:
+    """End at once what still runs, and reap it."""
+    left = [rank for rank in ranks if rank.process.poll() is None]
+    for rank in left:
+        rank.process.kill()
+    for rank in left:
+        rank.process.wait()
+    if any(rank.number == 0 for rank in left) and sys.stderr.isatty():
+        print(_SHOW_CURSOR, end="", file=sys.stderr, flush=True)  # its bars hid it
+
+
+def _exit_code(rank: _Rank) -> int:
+    code = rank.process.returncode
+    return 128 - code if code < 0 else code
+
+
+def _explain(failed: _Rank, told: str) -> None:
+    """Say which rank failed and show what it said; nothing where rank 0 has told the user the same."""
+    code = failed.process.returncode
+    tail = failed.tail()
+    if code > 0 and (failed.number == 0 or (told.strip() and " ".join(told.split()) in " ".join(tail.split()))):
+        return
+    how = f"exit {code}" if code > 0 else f"signal {-code}, {signal.Signals(-code).name}"
+    print(
+        f"rank {failed.number} failed ({how}){':' if tail else '.'}", *filter(None, [tail]), sep="\n", file=sys.stderr
+    )
+
+
+@contextmanager
+def _heard(wishes: _Wishes) -> Iterator[None]:
+    """Inside, the signals that end a process are only noted."""
+    heeded = [number for number in _WISHES if signal.getsignal(number) is not signal.SIG_IGN]  # nohup
+    before = {number: signal.signal(number, wishes.add) for number in heeded}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _held(number: signal.Signals) -> Iterator[None]:
+    """Inside, a signal waits."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [number])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

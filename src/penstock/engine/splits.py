@@ -1,0 +1,156 @@
+"""Splitting a pipeline over ranks, in the one order in which splits go together.
+
+    stages -> slices -> (weights are placed) -> sequences -> guidance -> tiles -> the pipeline's call
+
+Weights first, so that what is placed is only this rank's; then hooks, from the blocks outwards. Owns this order, what
+each split is applied to, and what is refused before weights load. Does not know how a split works.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from penstock.config import OffloadConfig, ParallelConfig
+from penstock.distributed import parallel_state
+from penstock.distributed.environment import read_environment, start
+from penstock.distributed.guidance import apply_guidance
+from penstock.distributed.knowledge import apply_sequences, check_sequences
+from penstock.distributed.mesh import Mesh, build_mesh
+from penstock.distributed.stages import apply_stages, check_stages
+from penstock.distributed.tensor import apply_tensor, check_tensor
+from penstock.distributed.tiles import apply_tiles, check_tiles
+from penstock.engine.placement import choose_device
+from penstock.engine.together import apply_together
+from penstock.errors import ConfigError
+from penstock.models.components import discover
+from penstock.models.rows.table import row_of
+from penstock.undo import Undo
+from penstock.weights.maps import MappedFiles
+
+
+def join_ranks(config: OffloadConfig, parallel: ParallelConfig) -> tuple[torch.device, Mesh]:
+    """This rank's device, and its place in the mesh.
+
+    Args:
+        config: names the device.
+        parallel: the degrees.
+
+    Raises:
+        ConfigError: for a device that this machine has not, and for degrees that are not the ranks that were started.
+
+    Cost: with several ranks it waits for all of them.
+    """
+    device = choose_device(config)
+    if parallel.world_size == 1:
+        return device, build_mesh(parallel, device.type)
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(
+            f"{parallel.equation()}: ranks exchange on cuda and cpu, and this is {device}. Use device=cpu."
+        )
+    environment = read_environment()
+    if environment is not None:
+        start(environment, device)
+    if device.type == "cuda":
+        own = torch.device("cuda", torch.cuda.current_device())
+        if config.device not in ("auto", "cuda", str(own)):
+            raise ConfigError(
+                f"device={config.device!r} for a rank of {parallel.world_size} that runs on {own}: each needs a device "
+                "of its own. Give cuda."
+            )
+        device = own
+    return device, build_mesh(parallel, device.type)
+
+
+def check_splits(pipeline: Any, parallel: ParallelConfig) -> None:
+    """Refuse what a pipeline's classes cannot do.
+
+    Args:
+        pipeline: with weights, or on the meta device.
+        parallel: the degrees.
+
+    Raises:
+        ConfigError: with the class, the reason, and what to do instead.
+    """
+    denoisers = _modules(pipeline, "denoiser")
+    if parallel.denoiser_size > 1 and not denoisers:
+        raise ConfigError(
+            f"{parallel.equation()}: {type(pipeline).__name__} has no denoiser that could be found, so that there is "
+            "nothing to split. Declare _dit_modules on its class, or leave the degrees at 1."
+        )
+    for denoiser in denoisers:
+        if parallel.sequence_size > 1:
+            check_sequences(denoiser, parallel)
+        if parallel.tensor_parallel_size > 1:
+            check_tensor(denoiser, parallel.tensor_parallel_size)
+        if parallel.pipeline_parallel_size > 1:
+            check_stages(denoiser, row_of(denoiser), parallel.pipeline_parallel_size)
+    if parallel.vae_patch_parallel_size > 1:
+        vaes = _modules(pipeline, "vae")
+        if not vaes:
+            raise ConfigError(
+                f"vae_patch_parallel_size({parallel.vae_patch_parallel_size}): {type(pipeline).__name__} has no VAE. "
+                "Leave it at 1."
+            )
+        for vae in vaes:
+            check_tiles(vae)
+
+
+def split_weights(pipeline: Any, mesh: Mesh) -> Undo:
+    """Leave on this rank the weights that are its own.
+
+    Args:
+        pipeline: on the CPU or the meta device, before its weights are placed.
+        mesh: whose `pipeline` and `tensor` axes are used.
+
+    Returns:
+        What puts all weights back; all ranks of the mesh run it together.
+    """
+    undo = Undo()
+    files = MappedFiles()
+
+    def is_mapped(weight: Tensor) -> bool:
+        if weight.device.type != "cpu":
+            return weight.device.type == "meta"
+        return files.locate(weight.data_ptr(), weight.nbytes, weight.dtype) is not None
+
+    def is_free(block: nn.Module) -> bool:
+        return all(map(is_mapped, (*block.parameters(), *block.buffers())))
+
+    for denoiser in _modules(pipeline, "denoiser"):
+        if mesh["pipeline"].size > 1:
+            undo.add(apply_stages(denoiser, row_of(denoiser), mesh["pipeline"], is_free).run)
+        if mesh["tensor"].size > 1:
+            undo.add(apply_tensor(denoiser, mesh["tensor"], is_mapped).run)
+    return undo
+
+
+def split_work(pipeline: Any, mesh: Mesh) -> Undo:
+    """Split what a placed pipeline computes.
+
+    Args:
+        pipeline: whose weights are where they will be.
+        mesh: all other axes.
+
+    Returns:
+        What takes it back.
+    """
+    undo = Undo()
+    if mesh["world"].size == 1:
+        return undo
+    parallel_state.set_mesh(mesh)
+    undo.add(lambda: parallel_state.set_mesh(None))
+    for denoiser in _modules(pipeline, "denoiser"):
+        undo.add(apply_sequences(denoiser, mesh).run)
+        undo.add(apply_guidance(denoiser, mesh["cfg"]).run)
+    if mesh["vae"].size > 1:
+        for vae in _modules(pipeline, "vae"):
+            undo.add(apply_tiles(vae, mesh["vae"]).run)
+    undo.add(apply_together(pipeline, mesh["replica"]).run)
+    return undo
+
+
+def _modules(pipeline: Any, role: str) -> list[nn.Module]:
+    return [component.module for component in discover(pipeline).by_role(role)]

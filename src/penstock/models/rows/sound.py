@@ -1,0 +1,31 @@
+"""Rows of denoisers that make sound alone."""
+
+from __future__ import annotations
+
+from penstock.models.rows.row import Row, StackRow
+
+ROWS: dict[str, Row] = {
+    "StableAudioDiTModel": Row(
+        stacks=(
+            StackRow(
+                "transformer_blocks",
+                {"hidden_states": "aud", "attention_mask": "aud", "rotary_embedding": "aud:0"},
+                ("aud",),
+            ),
+        ),
+        attention={"attn1": "aud"},
+    ),
+    "StableAudio3DiTModel": Row(
+        stacks=(StackRow("transformer_blocks", {"hidden_states": "aud", "rope": "aud:0"}, ("aud",)),),
+        attention={"self_attn": "aud"},
+        refuses={"local_add_cond": "its tokens are shifted against those of the sound"},
+    ),
+    "LongCatAudioDiTTransformer": Row(
+        stacks=(StackRow("blocks", {"hidden_states": "aud", "mask": "aud", "rope": "aud:0"}, ("aud",)),),
+        attention={"self_attn": "aud"},
+    ),
+    "AceStepTransformer1DModel": Row(
+        stacks=(StackRow("layers", {"hidden_states": "aud", "position_embeddings": "aud:0"}, ("aud",)),),
+        attention={"self_attn": "aud"},
+    ),
+}

@@ -1,0 +1,140 @@
+"""Several ranks from a plain shell: who speaks, who writes, and one clear word where it cannot work."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import typer
+from PIL import Image
+
+from penstock.cli.ranks import Place, check_replicas, take_place
+from penstock.config import ParallelConfig
+from penstock.errors import ConfigError
+
+SMALL = ("--size", "56x40", "--steps", "2", "--device", "cpu")
+RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PENSTOCK_LAUNCHER")
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Each test runs in an empty folder of its own, in a plain shell."""
+    place = tmp_path / "place"
+    place.mkdir()
+    monkeypatch.chdir(place)
+    for name in RANKS:
+        monkeypatch.delenv(name, raising=False)
+    return place
+
+
+def penstock(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "penstock", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
+
+
+def test_places() -> None:
+    assert Place().speaks and Place().writes and list(Place().items(2)) == [0, 1]
+    places = [Place(rank=rank, num_ranks=6, replica=rank // 2, num_replicas=3) for rank in range(6)]
+    assert [place.speaks for place in places] == [True, False, False, False, False, False]
+    assert [place.writes for place in places] == [True, False, True, False, True, False]
+    assert [list(place.items(4)) for place in places[::2]] == [[0, 3], [1], [2]]
+
+
+def test_rank_finds_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in zip(RANKS, ("5", "8", "5", "8", "127.0.0.1", "29500"), strict=False):
+        monkeypatch.setenv(name, value)
+    place = take_place(ParallelConfig(data_parallel_size=2, ulysses_degree=4))
+    assert place == Place(rank=5, num_ranks=8, replica=1, num_replicas=2)
+
+
+def test_plain_shell_starts_ranks_and_leaves_with_their_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    started = []
+
+    def launch(command: list[str], num_ranks: int) -> int:
+        started.append((command, num_ranks))
+        return 7
+
+    monkeypatch.setattr("penstock.engine.launch.launch", launch)
+    monkeypatch.setattr(sys, "argv", ["/bin/penstock", "generate", "demo", "--ulysses-degree", "2"])
+    assert take_place(ParallelConfig()) == Place() and not started
+    with pytest.raises(typer.Exit) as left:
+        take_place(ParallelConfig(ulysses_degree=2))
+    assert left.value.exit_code == 7
+    arguments = ["generate", "demo", "--ulysses-degree", "2"]
+    assert started == [([sys.executable, "-P", "-m", "penstock", *arguments], 2)]
+
+
+def test_ranks_that_cannot_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    def launch(command: list[str], num_ranks: int) -> int:
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr("penstock.engine.launch.launch", launch)
+    with pytest.raises(ConfigError, match="= 2 ranks could not all be started: Resource temporarily"):
+        take_place(ParallelConfig(ulysses_degree=2))
+
+
+def test_replicas_without_work_are_refused() -> None:
+    check_replicas(ParallelConfig(data_parallel_size=2), 2)
+    with pytest.raises(ConfigError, match="--num-images 3 or --data-parallel-size 2"):
+        check_replicas(ParallelConfig(data_parallel_size=3), 2)
+
+
+def test_replicas_share_the_pictures_and_one_tells_of_all(zoo_folder: Callable[[str], Path], elsewhere: Path) -> None:
+    flux = zoo_folder("flux")
+    done = penstock("generate", flux, "x", *SMALL, "--num-images", "3", "--data-parallel-size", "2", "--json")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("\n") == 1 and done.stderr == ""
+    told = json.loads(done.stdout)
+    assert told["complete"] is True
+    assert [output["path"] for output in told["outputs"]] == ["out-0.png", "out-1.png", "out-2.png"]
+    seeds = [output["seed"] for output in told["outputs"]]
+    assert seeds == [seeds[0], seeds[0] + 1, seeds[0] + 2]
+    assert sorted(path.name for path in elsewhere.iterdir()) == ["out-0.png", "out-1.png", "out-2.png"]
+    alone = penstock("generate", flux, "x", *SMALL, "--seed", str(seeds[1]), "--out", "alone.png")
+    assert alone.returncode == 0, alone.stderr
+    with Image.open("alone.png") as one, Image.open("out-1.png") as other, Image.open("out-0.png") as control:
+        assert one.tobytes() == other.tobytes() != control.tobytes()
+
+
+def test_ranks_of_one_picture_write_it_once(zoo_folder: Callable[[str], Path], elsewhere: Path) -> None:
+    done = penstock("generate", zoo_folder("flux"), "x", *SMALL, "--seed", "3", "--ulysses-degree", "2")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("out.png  56x40  seed 3  ") and done.stdout.count("\n") == 1
+    assert [path.name for path in elsewhere.iterdir()] == ["out.png"]
+
+
+def test_error_of_all_ranks_is_told_once(elsewhere: Path) -> None:
+    done = penstock("generate", "./nowhere", "x", "--ulysses-degree", "2", "--device", "cpu")
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+def test_interrupt_ends_all_ranks_and_leaves_no_file(zoo_folder: Callable[[str], Path], elsewhere: Path) -> None:
+    asked = (str(zoo_folder("flux")), "x", *SMALL[:2], "--device", "cpu", "--steps", "100000")
+    command = [sys.executable, "-m", "penstock", "generate", *asked, "--data-parallel-size", "2", "--num-images", "2"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, process_group=0) as process:
+        deadline = time.monotonic() + 120
+        while not all("diffusion_pytorch_model" in maps for maps in ranks_of(process.pid)):
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGINT)
+        _, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "Traceback" not in err and "failed" not in err
+    assert list(elsewhere.iterdir()) == []
+
+
+def ranks_of(launcher: int) -> list[str]:
+    """The memory maps of a launcher's two ranks."""
+    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
+    try:
+        return [Path(f"/proc/{child}/maps").read_text() for child in children] if len(children) == 2 else [""]
+    except OSError:
+        return [""]

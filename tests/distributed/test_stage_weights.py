@@ -1,0 +1,204 @@
+"""Who holds which blocks: by bytes, before weights load, and in what is freed, kept and put back."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline, HunyuanDiT2DModel
+from torch import Tensor, nn
+
+from penstock.distributed.group import Group
+from penstock.distributed.stages import apply_stages, check_stages, deal
+from penstock.errors import ConfigError, DeclarationError, ModelError
+from penstock.models.rows.row import Row, StackRow
+from penstock.models.rows.table import blocks_of
+from penstock.models.stacks import find_stacks
+from penstock.weights.maps import MappedFiles
+from tests import zoo
+from tests.distributed.stages import (
+    BLOCKS,
+    REFINERS,
+    ROW,
+    Denoiser,
+    are_equal,
+    forward,
+    num_bytes,
+    row_for,
+    stages,
+)
+from tests.ranks import run_ranks
+from tests.zoo.denoisers import CASES
+
+
+def live_bytes() -> int:
+    gc.collect()
+    storages = {}
+    for thing in gc.get_objects():
+        if type(thing) in (Tensor, nn.Parameter, nn.Buffer) and not thing.is_meta:
+            storages[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
+    return sum(storages.values())
+
+
+def run_memory(name: str, size: int) -> float:
+    group = stages(size)
+    inputs = CASES[name].inputs("odd")
+    before = live_bytes()
+    denoiser = CASES[name].build()
+    blocks = [block for stack in row_for(denoiser).stacks for block in blocks_of(denoiser, stack)]
+    total = num_bytes(blocks)
+    rest = num_bytes([denoiser]) - total
+    whole = live_bytes() - before
+    assert whole >= total + rest
+    own = deal(denoiser, row_for(denoiser), size)[group.rank]
+    own_bytes = num_bytes(denoiser.get_submodule(path) for path in own)
+    own_ids = {id(denoiser.get_submodule(path)) for path in own}
+    foreign = [weakref.ref(weight) for block in blocks if id(block) not in own_ids for weight in block.parameters()]
+    del blocks
+    apply_stages(denoiser, row_for(denoiser), group)
+    assert foreign and not any(weight() is not None for weight in foreign)
+    assert whole - (live_bytes() - before) == total - own_bytes
+    forward(denoiser, inputs)
+    assert num_bytes([denoiser]) == rest + own_bytes
+    return own_bytes / total
+
+
+@pytest.mark.parametrize(("name", "size"), [("flux", 2), ("wan", 2), ("wan", 3)])
+def test_each_rank_has_its_share_of_the_blocks(name: str, size: int) -> None:
+    shares = run_ranks(size, run_memory, name, size)
+    assert sum(shares) == pytest.approx(1)
+    assert max(shares) < 1 / size + 0.2
+
+
+def run_mapped(path: Path) -> None:
+    pipe = DiffusionPipeline.from_pretrained(path)
+    files = MappedFiles()
+
+    def lies_in_file(block: nn.Module) -> bool:
+        return all(files.locate(p.data_ptr(), p.nbytes, p.dtype) is not None for p in block.parameters())
+
+    plain = zoo.tensors(zoo.run(pipe, "flux"))
+    denoiser = pipe.transformer
+    weights = dict(denoiser.named_parameters())
+    group = stages(2)
+    own = deal(denoiser, row_for(denoiser), 2)[group.rank]
+    undo = apply_stages(denoiser, row_for(denoiser), group, lies_in_file)
+    held = {name for name, _ in denoiser.named_parameters() if "blocks." in name}
+    assert held == {name for name in weights if name.startswith(tuple(f"{path}." for path in own))}
+    assert are_equal(list(zoo.tensors(zoo.run(pipe, "flux"))), list(plain))
+    undo.run()
+    undo.run()
+    restored = dict(denoiser.named_parameters())
+    assert list(restored) == list(weights) and all(restored[name] is weights[name] for name in weights)
+    assert are_equal(list(zoo.tensors(zoo.run(pipe, "flux"))), list(plain))
+
+
+def test_what_lies_in_a_file_is_put_back(tmp_path: Path) -> None:
+    run_ranks(2, run_mapped, zoo.folder("flux", tmp_path))
+
+
+def run_let_go() -> None:
+    denoiser = CASES["flux"].build()
+    inputs = CASES["flux"].inputs("odd")
+    group = stages(2)
+    lost = deal(denoiser, row_for(denoiser), 2)[1 - group.rank][0]
+    undo = apply_stages(denoiser, row_for(denoiser), group)
+    with pytest.raises(ModelError, match=r"a state_dict\(\) would lack it"):
+        denoiser.state_dict()
+    undo.run()
+    with pytest.raises(ModelError, match=f"{lost} is not on this rank"):
+        forward(denoiser, inputs)
+    with pytest.raises(ConfigError, match=f"{lost} of FluxTransformer2DModel has no weights"):
+        apply_stages(denoiser, row_for(denoiser), group)
+
+
+def test_what_was_let_go_is_missed_by_name() -> None:
+    run_ranks(2, run_let_go)
+
+
+def run_surface() -> None:
+    denoiser = CASES["sd3"].build()
+    found = [(stack.path, len(stack.blocks)) for stack in find_stacks(denoiser)]
+    group = stages(3)
+    apply_stages(denoiser, row_for(denoiser), group)
+    for index, block in enumerate(denoiser.transformer_blocks):
+        assert type(block).__name__ == "JointTransformerBlock"
+        assert block.context_pre_only is (index == 2)
+        assert bool(list(block.modules())[1:]) is (index == group.rank)
+    assert [(stack.path, len(stack.blocks)) for stack in find_stacks(denoiser)] == found
+    assert denoiser.dtype == torch.float32
+
+
+def test_a_shell_looks_like_its_block() -> None:
+    run_ranks(3, run_surface)
+
+
+# ---- who holds what ----
+
+
+def test_runs_have_about_equal_bytes() -> None:
+    denoiser = Denoiser(400, 4, 4, 4, 4, 4)
+    assert [len(run) for run in deal(denoiser, ROW, 2)] == [1, 5]
+    assert [len(run) for run in deal(Denoiser(4, 4, 4, 4, 4, 400), ROW, 2)] == [5, 1]
+    assert [len(run) for run in deal(Denoiser(*[4] * 6), ROW, 3)] == [2, 2, 2]
+    assert deal(Denoiser(4, 4), ROW, 2) == (("blocks.0",), ("blocks.1",))
+    assert deal(denoiser, ROW, 1) == ((),)
+
+
+def test_blocks_are_dealt_out_before_weights_load() -> None:
+    with torch.device("meta"):
+        denoiser = Denoiser(4, 4, 4)
+    assert [len(run) for run in deal(denoiser, ROW, 3)] == [1, 1, 1]
+    check_stages(denoiser, ROW, 3)
+    with pytest.raises(ConfigError, match="in 4 stages.* there are 3"):
+        check_stages(denoiser, ROW, 4)
+
+
+def test_a_stack_whose_streams_do_not_go_on_is_on_every_rank() -> None:
+    denoiser = Denoiser(4, 4, num_refiners=2)
+    assert deal(denoiser, ROW, 2) == (("blocks.0",), ("blocks.1",))
+    joint = StackRow("blocks", takes={"hidden_states": "txt+img"}, gives=("txt+img",))
+    assert deal(denoiser, Row(stacks=(REFINERS, joint), attention={}), 2) == (
+        ("refiners.0", "refiners.1"),
+        ("blocks.0", "blocks.1"),
+    )
+
+
+def test_a_stack_that_gives_two_of_a_kind_is_on_every_rank() -> None:
+    hints = StackRow("refiners", takes={"hidden_states": "img"}, gives=("img", "img"))
+    denoiser = Denoiser(4, 4, num_refiners=2)
+    assert deal(denoiser, Row(stacks=(hints, BLOCKS), attention={}), 2) == (("blocks.0",), ("blocks.1",))
+    with pytest.raises(ConfigError, match="there are 0"):
+        deal(denoiser, Row(stacks=(hints,), attention={}), 2)
+
+
+@pytest.mark.parametrize("size", [4, 9])
+def test_more_stages_than_blocks_are_refused(size: int) -> None:
+    denoiser = CASES["sd3"].build()
+    with pytest.raises(ConfigError, match=f"in {size} stages.* there are 3. Use pipeline_parallel_size=3 or less"):
+        check_stages(denoiser, row_for(denoiser), size)
+
+
+def test_what_cannot_run_in_stages_is_refused_with_the_reason() -> None:
+    check_stages(Denoiser(4), None, 1)
+    with pytest.raises(ConfigError, match="Denoiser cannot run in 2 stages: no row"):
+        check_stages(Denoiser(4, 4), None, 2)
+    with torch.device("meta"):
+        keeper = HunyuanDiT2DModel(
+            sample_size=8, in_channels=4, num_layers=4, num_attention_heads=4, attention_head_dim=16
+        )
+    with pytest.raises(ConfigError, match="its later blocks take what the first ones returned"):
+        check_stages(keeper, ROW, 2)
+    mute = StackRow("blocks", takes={"temb": "img:0"}, gives=("img",))
+    with pytest.raises(DeclarationError, match="blocks give 'img', which no argument of theirs carries"):
+        check_stages(Denoiser(4, 4), Row(stacks=(mute,), attention={}), 2)
+
+
+def test_one_stage_is_no_stage() -> None:
+    denoiser = Denoiser(4)
+    before = dict(denoiser.named_modules())
+    apply_stages(denoiser, None, Group("pipeline", 0, (0,), None)).run()
+    assert dict(denoiser.named_modules()) == before and "forward" not in vars(denoiser.blocks[0])

@@ -1,0 +1,263 @@
+"""Two and three real processes: one raises, hangs, is killed or is only late, and nobody waits for ever."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+PREAMBLE = """
+import os, signal, sys, time
+from datetime import timedelta
+from pathlib import Path
+import torch
+import torch.distributed as dist
+from penstock.distributed.watch import Watch, current_watch
+from penstock.errors import GenerationError
+torch.set_num_threads(1)
+rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+store = dist.distributed_c10d._get_default_store()
+dist.barrier()
+if rank == 0:
+    Path("met").touch()
+def exchange():
+    tensor = torch.ones(1)
+    dist.all_reduce(tensor)
+    return int(tensor)
+def say(*words):
+    print(*words, flush=True)
+"""
+QUICK = "watch = Watch(store, rank, world_size, poll_s=0.1, grace_s=0.5)\n"
+
+
+class Ended:
+    """How a rank ended: its exit code, what it wrote, and how many seconds after all had met."""
+
+    def __init__(self, process: subprocess.Popen[str], met: Path) -> None:
+        self.out, self.err = process.communicate(timeout=60)
+        assert met.exists(), self.err
+        self.code, self.elapsed_s = process.returncode, time.time() - met.stat().st_mtime
+
+
+def run(script: str, tmp_path: Path, num_ranks: int = 2) -> list[Ended]:
+    (tmp_path / "rank.py").write_text(PREAMBLE + script)
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    shared = {**os.environ, "WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "rank.py"],
+            env={**shared, "RANK": str(rank), "TORCH_CPP_LOG_LEVEL": "ERROR"},
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(num_ranks)
+    ]
+    try:
+        return [Ended(process, tmp_path / "met") for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+
+def test_rank_that_waits_for_one_that_caught_its_error_ends(tmp_path: Path) -> None:
+    """With the seconds of every day: the failing rank lives on, so that nothing but the watch can end the other."""
+    first, second = run(
+        """
+watch = current_watch()
+assert watch is current_watch()
+try:
+    with watch:
+        exchange()
+        if rank == 1:
+            raise ValueError("only here")
+        exchange()
+except ValueError:
+    time.sleep(12)
+    say("lives")
+""",
+        tmp_path,
+    )
+    assert first.code == 1 and first.elapsed_s < 10
+    assert "rank 0 ends: rank 1 failed" in first.err
+    assert "ValueError: only here" in first.err and "raise ValueError" in first.err
+    assert second.code == 0 and second.out == "lives\n"
+
+
+def test_ranks_that_all_raise_live_on_and_the_next_call_works(tmp_path: Path) -> None:
+    ranks = run(
+        QUICK
+        + """
+for call in range(3):
+    try:
+        with watch:
+            exchange()
+            if call != 1:
+                time.sleep(0.3 * rank)
+                raise RuntimeError("everywhere")
+    except RuntimeError as error:
+        say(error)
+        time.sleep(1.5 * (1 - rank))  # one is late for the next call, by more than the grace
+with watch, watch:
+    say(exchange())
+""",
+        tmp_path,
+    )
+    for rank in ranks:
+        assert (rank.code, rank.out, rank.err) == (0, "everywhere\neverywhere\n2\n", "")
+
+
+@pytest.mark.parametrize("guilty", [0, 1])
+def test_error_of_an_exchange_names_the_rank_that_failed(guilty: int, tmp_path: Path) -> None:
+    ranks = run(
+        QUICK
+        + f"""
+try:
+    with watch:
+        exchange()
+        if rank == {guilty}:
+            raise ValueError("only here.")
+        exchange()
+except GenerationError as error:
+    say(error)
+""",
+        tmp_path,
+        num_ranks=3,
+    )
+    assert ranks[guilty].code == 1 and "ValueError: only here." in ranks[guilty].err
+    for rank in ranks[:guilty] + ranks[guilty + 1 :]:
+        ended_by_watch = rank.code == 1 and "only here" in rank.err
+        assert ended_by_watch or rank.out == f"rank {guilty} failed: ValueError: only here. Start all ranks again.\n"
+        assert rank.elapsed_s < 10
+
+
+def test_rank_that_failed_and_never_comes_back_does_not_stop_the_next_call(tmp_path: Path) -> None:
+    first, second = run(
+        QUICK
+        + """
+with watch:
+    exchange()
+    if rank == 1:
+        try:
+            with watch:
+                pass
+        finally:
+            pass
+try:
+    with watch:
+        exchange()
+        if rank == 1:
+            raise ValueError("after the last exchange")
+except ValueError:
+    time.sleep(4)
+    sys.exit(0)
+with watch:
+    exchange()
+""",
+        tmp_path,
+    )
+    assert second.code == 0
+    assert first.code == 1 and "after the last exchange" in first.err
+
+
+def test_rank_that_failed_and_comes_back_is_waited_for(tmp_path: Path) -> None:
+    ranks = run(
+        QUICK
+        + """
+try:
+    with watch:
+        exchange()
+        if rank == 1:
+            raise ValueError("after the last exchange")
+except ValueError:
+    pass
+with watch:
+    time.sleep(1.5 * rank)
+    say(exchange())
+""",
+        tmp_path,
+    )
+    assert [(rank.code, rank.out) for rank in ranks] == [(0, "2\n"), (0, "2\n")]
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_killed_rank_is_named(killed: int, tmp_path: Path) -> None:
+    ranks = run(
+        QUICK
+        + f"""
+try:
+    with watch:
+        exchange()
+        if rank == {killed}:
+            os.kill(os.getpid(), signal.SIGKILL)
+        exchange()
+except GenerationError as error:
+    say(error)
+""",
+        tmp_path,
+    )
+    assert ranks[killed].code == -signal.SIGKILL
+    assert ranks[1 - killed].out.startswith(f"rank {killed} is gone")
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_rank_that_waits_without_noticing_ends_when_another_is_killed(killed: int, tmp_path: Path) -> None:
+    """As with libraries whose exchanges do not notice that a peer has gone."""
+    ranks = run(
+        QUICK
+        + f"""
+with watch:
+    exchange()
+    if rank == {killed}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(30)
+""",
+        tmp_path,
+    )
+    waiting = ranks[1 - killed]
+    assert waiting.code == 1 and f"rank {1 - killed} ends: rank {killed} is gone" in waiting.err
+    assert waiting.elapsed_s < 10
+
+
+def test_rank_0_leaves_last_and_slow_ranks_finish(tmp_path: Path) -> None:
+    ranks = run(
+        QUICK
+        + """
+with watch:
+    exchange()
+    time.sleep(1.5 * rank)
+dist.destroy_process_group()
+say("done")
+""",
+        tmp_path,
+        num_ranks=3,
+    )
+    assert [(rank.code, rank.out, rank.err) for rank in ranks] == [(0, "done\n", "")] * 3
+
+
+def test_without_the_watch_the_rank_would_wait(tmp_path: Path) -> None:
+    """The control: what the first test shows is the watch's doing."""
+    script = """
+try:
+    exchange()
+    if rank == 1:
+        raise ValueError("only here")
+    exchange()
+except ValueError:
+    time.sleep(4)
+    say("lives")
+"""
+    first, second = run(script, tmp_path)
+    assert second.out == "lives\n"
+    assert first.elapsed_s >= 4

@@ -1,0 +1,88 @@
+"""Every way to split a denoiser over so many ranks, with weights resident or streamed: what works, what is refused."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import penstock
+from penstock.config import ParallelConfig
+from penstock.errors import ConfigError
+from tests.distributed.sequences import difference, tensors_of
+from tests.zoo.denoisers import CASES
+
+AXES = ("cfg_parallel_size", "pipeline_parallel_size", "ring_degree", "ulysses_degree", "tensor_parallel_size")
+STREAMED = {"offload": "layerwise", "max_weight_memory": "least"}
+HEADS = 8
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one combination.
+
+    Attributes:
+        degrees: those that are on.
+        is_streamed: whether weights were streamed.
+        difference: to the plain run, relative; None where it was refused.
+        refusal: why it was.
+    """
+
+    degrees: tuple[tuple[str, int], ...]
+    is_streamed: bool
+    difference: float | None
+    refusal: str = ""
+
+
+def products(world_size: int) -> Iterator[dict[str, int]]:
+    """Every way to write a number of ranks as a product of degrees."""
+    divisors = [size for size in range(1, world_size + 1) if world_size % size == 0]
+    for sizes in itertools.product(divisors, repeat=len(AXES)):
+        if math.prod(sizes) == world_size:
+            yield dict(zip(AXES, sizes, strict=True))
+
+
+class Guided:
+    """A pipeline around one denoiser: two steps, each with two calls for guidance."""
+
+    def __init__(self, transformer: nn.Module) -> None:
+        self.transformer = transformer
+
+    def __call__(self, inputs: dict[str, Any], stream: str) -> Tensor:
+        """Denoise for two steps."""
+        sample = inputs[stream]
+        texts = {name: value for name, value in inputs.items() if name.startswith("encoder_hidden_states")}
+        blank = {name: value * 0.5 for name, value in texts.items() if value.is_floating_point()}
+        with torch.inference_mode():
+            for _ in range(2):
+                (given,) = tensors_of(self.transformer(**{**inputs, stream: sample}))
+                (free,) = tensors_of(self.transformer(**{**inputs, **blank, stream: sample}))
+                noise = free + 3.0 * (given - free)
+                sample = sample - 0.1 * noise.reshape(sample.shape) / noise.std()
+        return sample
+
+
+def try_all(name: str, world_size: int) -> list[Outcome]:
+    """On every rank: the outcome of every combination for one denoiser."""
+    case = CASES[name]
+    inputs = {key: value for key, value in case.inputs("odd").items()}
+    plain = Guided(case.build(heads=HEADS))(inputs, case.streams[0])
+    outcomes = []
+    for degrees in products(world_size):
+        for options in ({"offload": "none"}, STREAMED):
+            on = tuple((axis, size) for axis, size in degrees.items() if size > 1)
+            pipeline = Guided(case.build(heads=HEADS))
+            try:
+                placed = penstock.apply(pipeline, parallel=ParallelConfig(**degrees), device="cpu", **options)
+            except ConfigError as error:
+                outcomes.append(Outcome(on, options is STREAMED, None, str(error)))
+                continue
+            found = pipeline(inputs, case.streams[0])
+            placed.remove()
+            outcomes.append(Outcome(on, options is STREAMED, difference([found], [plain])))
+    return outcomes

@@ -1,0 +1,25 @@
+"""The full product of splits and streaming: the same picture, or a refusal that names what would work."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.parity.combinations import products, try_all
+from tests.ranks import run_ranks
+
+TOLERANCE = 1e-4
+
+
+@pytest.mark.parametrize("world_size", [2, 4, 8])
+@pytest.mark.parametrize("name", ["flux", "wan"])
+def test_every_product_of_degrees_works_or_is_refused(name: str, world_size: int) -> None:
+    ranks = run_ranks(world_size, try_all, name, world_size, timeout_s=600)
+    assert len(ranks[0]) == 2 * len(list(products(world_size)))
+    for outcomes in ranks:
+        for outcome in outcomes:
+            if outcome.difference is None:
+                assert outcome.refusal.endswith("."), outcome
+                assert any(size > 4 or axis == "pipeline_parallel_size" for axis, size in outcome.degrees), outcome
+            else:
+                assert outcome.difference < TOLERANCE, outcome
+    assert sum(outcome.difference is not None for outcome in ranks[0]) > len(ranks[0]) // 2

@@ -1,0 +1,162 @@
+"""What goes with what, found out by running it; `docs/compatibility.md` is what was found.
+
+`make compatibility` writes the page; without it the test fails where the page says something else.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from itertools import combinations_with_replacement
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import penstock
+from penstock.config import ParallelConfig
+from penstock.errors import ConfigError
+from tests import zoo
+from tests.distributed.sequences import difference
+from tests.parity.combinations import HEADS, STREAMED, Guided
+from tests.ranks import run_ranks
+from tests.zoo.denoisers import CASES
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "compatibility.md"
+TOLERANCE = 1e-4
+PIPELINE = "qwen_image"
+
+FEATURES: dict[str, dict[str, Any]] = {
+    "sequential": {"offload": "sequential"},
+    "layerwise": STREAMED,
+    "data": {"data_parallel_size": 2},
+    "CFG": {"cfg_parallel_size": 2},
+    "pipeline": {"pipeline_parallel_size": 2},
+    "Ring": {"ring_degree": 2},
+    "Ulysses": {"ulysses_degree": 2},
+    "tensor": {"tensor_parallel_size": 2},
+    "VAE": {"vae_patch_parallel_size": 2},
+}
+OF_DENOISERS = ("layerwise", "CFG", "pipeline", "Ring", "Ulysses", "tensor")
+
+
+def placed(pipeline: Any, features: Mapping[str, Any]) -> Any:
+    """Places a pipeline with some features, degrees and options mixed."""
+    degrees = {name: value for name, value in features.items() if isinstance(value, int)}
+    options = {name: value for name, value in features.items() if name not in degrees}
+    return penstock.apply(pipeline, parallel=ParallelConfig(**degrees), device="cpu", **{"offload": "none", **options})
+
+
+def world_size(features: Mapping[str, Any]) -> int:
+    return ParallelConfig(**{name: value for name, value in features.items() if isinstance(value, int)}).world_size
+
+
+def try_pairs(pairs: list[tuple[str, str]]) -> list[str]:
+    """On every rank: what each pair of features does to a whole pipeline."""
+    with torch.inference_mode():
+        plain = zoo.tensors(zoo.run(zoo.build(PIPELINE), PIPELINE))
+    found = []
+    for one, other in pairs:
+        pipeline = zoo.build(PIPELINE)
+        try:
+            handle = placed(pipeline, {**FEATURES[one], **FEATURES[other]})
+        except ConfigError as error:
+            found.append(str(error))
+            continue
+        with torch.inference_mode():
+            result = zoo.tensors(zoo.run(pipeline, PIPELINE))
+        handle.remove()
+        assert difference(list(result), list(plain)) < TOLERANCE, (one, other)
+        found.append("")
+    return found
+
+
+def try_denoiser(name: str) -> tuple[str, list[str]]:
+    """On every rank of two: its class, and what each feature does to it."""
+    case = CASES[name]
+    size = case.variants[min(1, len(case.variants) - 1)]
+    plain = Guided(case.build(heads=HEADS))(case.inputs(size), case.streams[0])
+    found = []
+    for feature in OF_DENOISERS:
+        pipeline = Guided(case.build(heads=HEADS))
+        features = FEATURES[feature]
+        if world_size(features) == 1:
+            features = {**features, "cfg_parallel_size": 2}
+        try:
+            handle = placed(pipeline, features)
+        except ConfigError as error:
+            found.append(str(error))
+            continue
+        result = pipeline(case.inputs(size), case.streams[0])
+        handle.remove()
+        assert difference([result], [plain]) < TOLERANCE, feature
+        found.append("")
+    return type(pipeline.transformer).__name__, found
+
+
+def pairs_table() -> list[str]:
+    pairs = list(combinations_with_replacement(FEATURES, 2))
+    cells: dict[tuple[str, str], str] = {}
+    by_size: dict[int, list[tuple[str, str]]] = {}
+    for one, other in pairs:
+        by_size.setdefault(world_size({**FEATURES[one], **FEATURES[other]}), []).append((one, other))
+    for size, members in sorted(by_size.items()):
+        ranks = run_ranks(size, try_pairs, members, timeout_s=600)
+        assert all(found == ranks[0] for found in ranks)
+        cells.update(zip(members, ranks[0], strict=True))
+    lines = ["| | " + " | ".join(FEATURES) + " |", "|---" * (len(FEATURES) + 1) + "|"]
+    for row, one in enumerate(FEATURES):
+        words = []
+        for column, other in enumerate(FEATURES):
+            pair = (one, other) if row <= column else (other, one)
+            exclusive = {one, other} == {"sequential", "layerwise"}
+            words.append("one of them" if exclusive else "no" if cells[pair] else "yes")
+        lines.append(f"| {one} | " + " | ".join(words) + " |")
+    return lines
+
+
+def denoisers_table() -> list[str]:
+    rows: dict[str, list[str]] = {}
+    for name in CASES:
+        ranks = run_ranks(2, try_denoiser, name, timeout_s=300)
+        assert ranks[0] == ranks[1]
+        owner, found = ranks[0]
+        rows[owner] = [a or b for a, b in zip(found, rows.get(owner, found), strict=True)]
+    lines = ["| denoiser | " + " | ".join(OF_DENOISERS) + " |", "|---" * (len(OF_DENOISERS) + 1) + "|"]
+    reasons = []
+    for owner in sorted(rows):
+        words = []
+        for feature, refusal in zip(OF_DENOISERS, rows[owner], strict=True):
+            words.append("no" if refusal else "yes")
+            if refusal:
+                reasons.append(f"- `{owner}`, {feature}: {refusal}")
+        lines.append(f"| {owner} | " + " | ".join(words) + " |")
+    return [*lines, "", "### Why not", "", *reasons]
+
+
+def test_the_page_says_what_the_tests_found() -> None:
+    page = "\n".join(
+        [
+            "# What goes with what",
+            "",
+            "Written by `tests/parity/test_compatibility.py`, which runs every cell on gloo ranks and compares it with",
+            "the plain run (1e-4, float32); change nothing here by hand, run `make compatibility`.",
+            "",
+            "## Features with each other",
+            "",
+            "A whole pipeline with two features at a time, each over two ranks. The full product of all degrees on 2,",
+            "4 and 8 ranks, with weights resident and streamed, is `tests/parity/test_combinations.py`.",
+            "",
+            *pairs_table(),
+            "",
+            "## Denoisers",
+            "",
+            "Tiny models of the stock classes, two steps with two calls of guidance each, on two ranks.",
+            "",
+            *denoisers_table(),
+            "",
+        ]
+    )
+    if os.environ.get("PENSTOCK_WRITE_PAGES"):
+        PAGE.write_text(page, "utf-8")
+    assert PAGE.is_file() and PAGE.read_text("utf-8") == page, "run `make compatibility`"
