@@ -37,7 +37,7 @@ def tensors_of(output: Any) -> list[torch.Tensor]:
     """The tensors in a denoiser's output."""
     if isinstance(output, torch.Tensor):
         return [output]
-    return [tensor for part in output for tensor in tensors_of(part)]
+    return [tensor for part in output or () for tensor in tensors_of(part)]
 
 
 def cast(value: Any, dtype: torch.dtype) -> Any:
@@ -73,13 +73,18 @@ def without_exchange() -> Iterator[None]:
         Group.all_to_all, Group.shift = kept
 
 
+def same(row: Row) -> Row:
+    """The row as it is."""
+    return row
+
+
 def compare(
     name: str,
     degrees: Sequence[Degrees],
     sizes: Sequence[str],
     heads: int = 4,
     dtype: torch.dtype = torch.float32,
-    change: Callable[[Row], Row] = lambda row: row,
+    change: Callable[[Row], Row] = same,
     more: Callable[[str], dict[str, Any]] = lambda size: {},
 ) -> dict[tuple[Degrees, str], tuple[float, float]]:
     """On every rank: how far the split denoiser is from the plain one, and how far where attention exchanges nothing.
@@ -153,7 +158,7 @@ def block_residuals(size: str) -> dict[str, Any]:
 
 def layer_residuals(size: str) -> dict[str, Any]:
     """What a ControlNet adds to text and picture of Z-Image, behind its first and last layer."""
-    tokens = 96 if size.startswith("masked") else {"even": 96, "short": 96, "odd": 96}[size]
+    tokens = 96  # picture and text, each filled up to a multiple of 32
     return {"controlnet_block_samples": {layer: denoisers.case.noise(str(layer), 2, tokens, 1) for layer in (0, 2)}}
 
 
@@ -172,7 +177,7 @@ def voxel_mask(size: str) -> dict[str, Any]:
 
 
 def error_of(
-    name: str, degrees: Degrees, more: dict[str, Any], change: Callable[[Row], Row] = lambda row: row, size: str = "odd"
+    name: str, degrees: Degrees, more: dict[str, Any], change: Callable[[Row], Row] = same, size: str = "odd"
 ) -> str:
     """What a split denoiser says to a call; the plain one takes it, before and after."""
     case = CASES[name]

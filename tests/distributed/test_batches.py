@@ -57,6 +57,7 @@ WHOLE: dict[str, Any] = {
     "img_shapes": [[(1, 2, 2)], [(1, 2, 2)]],
 }
 UNKNOWN: dict[str, Any] = {
+    "control_hidden_states_scale": rows(B),
     "encoder_hidden_states": rows(2 * B, 3),
     "stacked": (rows(B, 2),) * B,
     "by_sample": [rows(1, 2, 2)] * B,
@@ -168,3 +169,13 @@ def test_processors_that_look_at_other_samples(processor: Any, mixes: bool) -> N
     if processor is not None:
         unet.down_blocks[1].attentions[0].transformer_blocks[0].attn1.processor = processor
     assert mixes_samples(unet) is mixes
+
+
+def test_layers_of_an_encoder_are_cut_behind_the_layers() -> None:
+    """As many layers as samples, by accident: each is cut, and the layers stay."""
+    share = Batch(B, False, 2, 4)
+    stacked = rows(B, B, 3, 2)
+    assert torch.equal(share.cut("encoder_hidden_states_llama3", stacked), stacked[:, 2:4])
+    layers = [rows(B, 3) + number for number in range(B)]
+    for layer, whole in zip(share.cut("text_encoder_layers", layers), layers, strict=True):
+        assert torch.equal(layer, whole[2:4])

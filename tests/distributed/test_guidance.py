@@ -290,6 +290,35 @@ def test_weights_that_are_sharded_over_the_ranks(guidance_scale: float) -> None:
         assert second.num_calls == 2
 
 
+class Echo(nn.Module):
+    """Its sample has a name that elsewhere belongs to the prompt."""
+
+    num_calls = 0
+
+    def forward(self, input_ids: Tensor, encoder_hidden_states: Tensor) -> Tensor:
+        self.num_calls += 1
+        return input_ids * encoder_hidden_states.sum()
+
+
+def echoes() -> Any:
+    denoisers = Echo(), Echo()
+    group = build_mesh(ParallelConfig(cfg_parallel_size=2), "cpu")["cfg"]
+    for denoiser in denoisers:
+        apply_guidance(denoiser, group)
+    heard = []
+    for length in (3, 5, 3, 5, 5):
+        sample = torch.arange(float(length))[None]
+        difference = denoisers[0](sample, torch.ones(7)) - denoisers[1](input_ids=sample, encoder_hidden_states=sample)
+        heard.append(difference.tolist() == ((7 - sample.sum()) * sample).tolist())
+    return heard, [denoiser.num_calls for denoiser in denoisers]
+
+
+def test_two_denoisers_take_turns_and_a_sample_of_another_shape_is_learnt() -> None:
+    (first, num_first), (second, num_second) = run_ranks(2, echoes)
+    assert all(first + second)
+    assert (num_first, num_second) == ([5, 2], [2, 5])
+
+
 GROUP = Group("cfg", 0, (0, 1), None)
 
 

@@ -36,17 +36,13 @@ WHOLE = re.compile(r"norm|modulat|adaLN|img_mod|txt_mod|proj_in|(blocks|vace_blo
 """Matrices of blocks that stay whole: of modulations, and what a VACE block gives to the main stack."""
 
 
-@pytest.fixture(scope="module")
-def classes() -> dict[str, nn.Module]:
-    """One denoiser of each case, without weights."""
-    return {name: meta(name) for name in CASES}
-
-
 def meta(name: str, heads: int | None = None) -> nn.Module:
     return CASES[name].build(heads or HEADS.get(name, 4)).to("meta")
 
 
-SUPPORTED = [name for name in CASES if tensor_plan_of(CASES[name].build()) is not None]
+CLASSES = {name: meta(name) for name in CASES}
+"""One denoiser of each case, without weights."""
+SUPPORTED = [name for name, denoiser in CLASSES.items() if tensor_plan_of(denoiser) is not None]
 REFUSED = [name for name in CASES if name not in SUPPORTED]
 
 
@@ -194,10 +190,10 @@ def test_without_the_sum_the_result_is_another(name: str) -> None:
     assert min(run_ranks(2, unsummed, name)) > 0.01
 
 
-def test_every_class_of_the_table_is_proven(classes: dict[str, nn.Module]) -> None:
-    proven = {type(classes[name]).__name__ for name in SUPPORTED}
+def test_every_class_of_the_table_is_proven() -> None:
+    proven = {type(CLASSES[name]).__name__ for name in SUPPORTED}
     assert set(PLANS) <= proven
-    declared = {type(denoiser).__name__ for denoiser in classes.values() if getattr(denoiser, "_tp_plan", None)}
+    declared = {type(denoiser).__name__ for denoiser in CLASSES.values() if getattr(denoiser, "_tp_plan", None)}
     assert declared >= {"FluxTransformer2DModel", "Flux2Transformer2DModel", "QwenImageTransformer2DModel"}
 
 
@@ -216,9 +212,6 @@ def test_half_precision_stays_half_precision() -> None:
     for error, dtype in run_ranks(2, half_precision):
         assert dtype == torch.bfloat16
         assert error < 0.05
-
-
-# --- what a slice holds on to
 
 
 def test_weights_in_memory_are_let_go() -> None:
@@ -269,9 +262,6 @@ def test_one_rank_changes_nothing() -> None:
     undo.run()
 
 
-# --- with weights that stream
-
-
 def stream(name: str, folder: str) -> dict[str, Any]:
     """Run a pipeline whole, then cut and streamed, then put back."""
     group, built = tensor_group(2), zoo.build(name)
@@ -309,15 +299,12 @@ def test_slices_stream(name: str, is_loaded: bool, tmp_path: Path) -> None:
         assert found["is_back"]
 
 
-# --- refusals
-
-
 @pytest.mark.parametrize("name", REFUSED)
-def test_a_class_without_a_plan_is_refused(name: str, classes: dict[str, nn.Module]) -> None:
-    kind = type(classes[name]).__name__
+def test_a_class_without_a_plan_is_refused(name: str) -> None:
+    kind = type(CLASSES[name]).__name__
     with pytest.raises(ConfigError, match=rf"tensor\(2\) cannot cut {kind}: .*`_tp_plan`.*WanTransformer3DModel"):
-        check_tensor(classes[name], 2)
-    check_tensor(classes[name], 1)
+        check_tensor(CLASSES[name], 2)
+    check_tensor(CLASSES[name], 1)
 
 
 @pytest.mark.parametrize("name", [name for name in SUPPORTED])

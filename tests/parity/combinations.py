@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 import penstock
 from penstock.config import ParallelConfig
@@ -53,25 +54,42 @@ class Guided:
     def __init__(self, transformer: nn.Module) -> None:
         self.transformer = transformer
 
-    def __call__(self, inputs: dict[str, Any], stream: str) -> Tensor:
-        """Denoise for two steps."""
-        sample = inputs[stream]
+    def __call__(self, inputs: dict[str, Any], streams: tuple[str, ...]) -> list[Tensor]:
+        """Denoise the arguments named `streams` for two steps; returns the last predictions and the samples."""
         texts = {name: value for name, value in inputs.items() if name.startswith("encoder_hidden_states")}
-        blank = {name: value * 0.5 for name, value in texts.items() if value.is_floating_point()}
+        blank = {name: value * 0.5 for name, value in texts.items() if _is_float(value)}
+        samples = {name: inputs[name] for name in streams}
+        noises: list[Tensor] = []
         with torch.inference_mode():
             for _ in range(2):
-                (given,) = tensors_of(self.transformer(**{**inputs, stream: sample}))
-                (free,) = tensors_of(self.transformer(**{**inputs, **blank, stream: sample}))
-                noise = free + 3.0 * (given - free)
-                sample = sample - 0.1 * noise.reshape(sample.shape) / noise.std()
-        return sample
+                given = tensors_of(self.transformer(**_copied({**inputs, **samples})))
+                free = tensors_of(self.transformer(**_copied({**inputs, **blank, **samples})))
+                noises = [one + 3.0 * (other - one) for one, other in zip(free, given, strict=True)]
+                noise = iter(noises)
+                samples = tree_map(lambda sample, noise=noise: _step(sample, next(noise)), samples)
+        return [*noises, *tree_leaves(samples)]
+
+
+def _copied(arguments: dict[str, Any]) -> dict[str, Any]:
+    """With lists of their own: some denoisers empty those that they are given."""
+    return tree_map(lambda leaf: leaf, arguments)
+
+
+def _step(sample: Tensor, noise: Tensor) -> Tensor:
+    """A step against the noise; where that has other channels, against its mean."""
+    fits = noise.numel() == sample.numel()
+    return sample - 0.1 * (noise.reshape(sample.shape) if fits else noise.mean()) / noise.std()
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def try_all(name: str, world_size: int) -> list[Outcome]:
     """On every rank: the outcome of every combination for one denoiser."""
     case = CASES[name]
-    inputs = {key: value for key, value in case.inputs("odd").items()}
-    plain = Guided(case.build(heads=HEADS))(inputs, case.streams[0])
+    inputs = case.inputs("odd")
+    plain = Guided(case.build(heads=HEADS))(inputs, case.streams)
     outcomes = []
     for degrees in products(world_size):
         for options in ({"offload": "none"}, STREAMED):
@@ -82,7 +100,7 @@ def try_all(name: str, world_size: int) -> list[Outcome]:
             except ConfigError as error:
                 outcomes.append(Outcome(on, options is STREAMED, None, str(error)))
                 continue
-            found = pipeline(inputs, case.streams[0])
+            found = pipeline(inputs, case.streams)
             placed.remove()
-            outcomes.append(Outcome(on, options is STREAMED, difference([found], [plain])))
+            outcomes.append(Outcome(on, options is STREAMED, difference(found, plain)))
     return outcomes

@@ -23,7 +23,9 @@ _FAILED = 1
 class LimitOptions:
     """What counts as the same picture."""
 
-    tolerance: float = option(0.0, "Largest relative difference that passes; 0 asks for bit equality.", "N")
+    tolerance: float | None = option(
+        None, "Largest relative difference that passes; 0, bit equality, unless ranks make sums in another order.", "N"
+    )
     reference_dtype: str | None = option(None, "dtype of the plain run; the same where left out.", "NAME")
 
 

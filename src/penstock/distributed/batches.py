@@ -10,9 +10,12 @@ Then every other argument must explain itself; one that does not leaves the call
 - tables of positions (`*rotary*`, `*rope*`, `*freqs*`, `*indices*`, and `img_ids`, `txt_ids` of two dims) are never
   cut, whatever their size: (cos, sin) is two long, and so is a batch of two; other `*_ids` of two dims are cut if
   their leading size is B, and tables if not;
+- `*llama3*` holds the batch along dim 1, behind the layers of the encoder it comes from;
 - dicts and sequences of tensors are cut item by item, each with the rules above;
 - a sequence that is B long, and whose items do not carry the batch themselves, is cut as such: lists of tensors of
   different lengths, `img_shapes`. Where both readings would do, the call stays whole;
+- lists of numbers that are settings by their name (`*_layers`, `*_scale`, ...) count for all; a tensor of one dim with such
+  a name may be of samples or of layers, and is unexplained;
 - numbers, texts and None count for all. Objects of unknown kinds, such as caches, are unexplained.
 """
 
@@ -33,6 +36,7 @@ from penstock.errors import GenerationError
 _TABLES = re.compile(r"rotary|rope|freqs|indices")
 _POSITIONS = re.compile(r"^(img|txt|image_cond)_ids$")
 _LAYERED = re.compile(r"controlnet|residual|text_encoder_layers|ip_adapter|ip_hidden_states")
+_STACKED = re.compile(r"llama3")
 _PER_SAMPLE = {"img_shapes", "shape_list", "text_lens"}
 _SETTINGS = re.compile(r"_layers$|_blocks$|_scale$|_size$|_shape$")
 _CONSTANTS = (bool, int, float, str, type(None), torch.dtype, torch.device)
@@ -84,6 +88,10 @@ class Batch:
             return tensor
         if tensor.ndim == 2 and _POSITIONS.search(name):
             return tensor
+        if tensor.ndim == 4 and _STACKED.search(name):
+            return tensor if tensor.shape[1] == 1 else self._cut_tensor("", tensor.transpose(0, 1)).transpose(0, 1)
+        if tensor.ndim == 1 and _SETTINGS.search(name):
+            raise UnsplittableError(name)  # of each sample, or of each layer
         if tensor.shape[0] == self.size:
             return tensor[self.start : self.stop]
         if tensor.ndim == 2 and name.endswith("_ids"):
@@ -91,7 +99,8 @@ class Batch:
         raise UnsplittableError(name)
 
     def _cut_sequence(self, name: str, items: list[Any] | tuple[Any, ...]) -> Any:
-        if not items or all(item is None for item in items) or _SETTINGS.search(name):
+        is_setting = bool(_SETTINGS.search(name)) and not any(isinstance(item, Tensor) for item in items)
+        if not items or all(item is None for item in items) or is_setting:
             return items
         is_long = len(items) == self.size
         if (self.is_list or name in _PER_SAMPLE) and is_long and not _LAYERED.search(name):

@@ -45,7 +45,9 @@ def apply_sequences(denoiser: nn.Module, mesh: Mesh) -> Undo:
     plan = _plan_of(denoiser)
     if plan is not None:
         return apply_declared(denoiser, plan, mesh)
-    return apply_sequence(denoiser, check_sequence(denoiser, mesh.config), mesh)
+    row = row_of(denoiser)
+    assert row is not None  # checked, when all blocks were there
+    return apply_sequence(denoiser, row, mesh)
 
 
 def _plan_of(denoiser: nn.Module) -> SequenceParallelModelPlan | None:

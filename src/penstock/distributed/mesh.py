@@ -59,17 +59,20 @@ def build_mesh(config: ParallelConfig, device_type: str) -> Mesh:
 
     Cost: every rank must call it; torch makes one communicator per group of more than one rank.
     """
-    world_size = dist.get_world_size() if dist.is_initialized() else 1
-    if config.world_size != world_size:
-        raise ConfigError(_mismatch(config, world_size))
+    require_ranks(config, dist.get_world_size() if dist.is_initialized() else 1)
     if not dist.is_initialized():
-        return Mesh(config, None, {name: Group(name, 0, (0,), None) for name in (*AXES, *_JOINED)})
+        return alone()
     for world, *rest in [key for key in _MESHES if key[0] is not dist.group.WORLD]:
         del _MESHES[(world, *rest)]  # of a world that has ended
     key = (dist.group.WORLD, device_type, config)
     if key not in _MESHES:
         _MESHES[key] = _build(config, device_type)
     return _MESHES[key]
+
+
+def alone() -> Mesh:
+    """The mesh of one rank, with which nothing is exchanged."""
+    return Mesh(ParallelConfig(), None, {name: Group(name, 0, (0,), None) for name in (*AXES, *_JOINED)})
 
 
 def _build(config: ParallelConfig, device_type: str) -> Mesh:
@@ -98,14 +101,23 @@ def _group(name: str, line: DeviceMesh) -> Group:
     return Group(name, line.get_local_rank(), tuple(line.mesh.tolist()), line.get_group())
 
 
-def _mismatch(config: ParallelConfig, world_size: int) -> str:
+def require_ranks(config: ParallelConfig, world_size: int) -> None:
+    """Whether the degrees multiply to the number of ranks.
+
+    Raises:
+        ConfigError: with the equation, and what to try.
+    """
     wanted = config.world_size
+    if wanted == world_size:
+        return
     if world_size == 1:
-        return (
+        raise ConfigError(
             f"{config.equation()} = {wanted} ranks, and one is running. Start {wanted}: torchrun --nproc-per-node "
             f"{wanted} your_script.py; `penstock generate` and `penstock verify` start them by themselves."
         )
-    fit = "fewer ranks" if world_size > wanted else "smaller degrees"
-    whole = world_size % wanted == 0
-    advice = f"--data-parallel-size {config.data_parallel_size * world_size // wanted}" if whole else fit
-    return f"{config.equation()} = {wanted} is not world_size({world_size}). Every rank needs its part: try {advice}."
+    advice = "smaller degrees" if world_size < wanted else "fewer ranks"
+    if world_size % wanted == 0:
+        advice = f"--data-parallel-size {config.data_parallel_size * world_size // wanted}"
+    raise ConfigError(
+        f"{config.equation()} = {wanted} is not world_size({world_size}). Every rank needs its part: try {advice}."
+    )

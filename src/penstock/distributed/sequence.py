@@ -91,10 +91,11 @@ class _Split:
         self.row = row
         self.streams = streams
         self.is_cut = False  # whether blocks gave streams that were not joined
-        self.tokens: list[tuple[nn.Module, Token[Sight | None]]] = []
+        self.tokens: list[tuple[nn.Module, Token[dispatch.Seen | None]]] = []
         self.handles: list[Any] = []
 
     def install(self) -> None:
+        """Put all hooks on."""
         row = self.row
         hook = self.denoiser.register_forward_pre_hook(self.begin, with_kwargs=True)
         self.handles += [hook, self.denoiser.register_forward_hook(self.end, always_call=True)]
@@ -112,6 +113,7 @@ class _Split:
             self.handles.append(module.register_forward_hook(partial(self.cut_again, layout=layout)))
 
     def remove(self) -> None:
+        """Take them off."""
         for handle in self.handles:
             handle.remove()
 
@@ -132,6 +134,7 @@ class _Split:
     def begin(
         self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Before the denoiser: refuse what the row refuses, and cut what is added between blocks."""
         self.look_away_from_all()
         self.streams.begin()
         self.is_cut = False
@@ -147,6 +150,7 @@ class _Split:
         return self.cut(denoiser, args, kwargs, residuals, names)
 
     def end(self, denoiser: nn.Module, args: Any, output: Any) -> None:
+        """After the denoiser: nothing may be left cut."""
         self.look_away_from_all()
         if self.is_cut and output is not None:
             raise GenerationError(
@@ -162,6 +166,7 @@ class _Split:
         takes: Mapping[str, _Held],
         names: Sequence[str],
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Before a block: cut its arguments."""
         positional, kwargs = list(args), dict(kwargs)
         for name, held in takes.items():
             if name in kwargs:
@@ -186,10 +191,11 @@ class _Split:
         if isinstance(value, Tensor):
             return self.streams.cut(value, layout, name)
         if type(value) is int:
-            return self.streams.count(value, *layout.streams, from_end=layout.dim == -1)
+            return self.streams.count(value, layout.streams[0], from_end=layout.dim == -1)
         return value
 
     def join(self, block: nn.Module, args: Any, output: Any, gives: Sequence[Layout], is_joined: bool) -> Any:
+        """After a block: gather what it gives, where that is due."""
         self.is_cut = not is_joined
         if self.is_cut:
             return None
@@ -202,19 +208,24 @@ class _Split:
         return type(output)(joined)
 
     def join_first(self, module: nn.Module, args: tuple[Any, ...], layout: Layout) -> tuple[Any, ...]:
+        """Before a module between blocks: gather its first argument."""
         return self.streams.join(args[0], layout), *args[1:]
 
     def join_last(self, module: nn.Module, args: tuple[Any, ...], layout: Layout) -> tuple[Any, ...]:
+        """Before a module behind the last block: gather its first argument, for good."""
         self.is_cut = False
         return self.join_first(module, args, layout)
 
     def cut_again(self, module: nn.Module, args: Any, output: Tensor, layout: Layout) -> Tensor:
+        """After a module between blocks."""
         return self.streams.cut(output, layout, "what runs between blocks")
 
     def look(self, module: nn.Module, args: Any, sight: Sight) -> None:
+        """Before a module that attends."""
         self.tokens.append((module, dispatch.attending(sight)))
 
     def look_away(self, module: nn.Module, args: Any, output: Any) -> None:
+        """After a module that attends."""
         if self.tokens and self.tokens[-1][0] is module:
             dispatch.done_attending(self.tokens.pop()[1])
 

@@ -46,6 +46,7 @@ class _Dealt:
 
     @property
     def path(self) -> str:
+        """From the denoiser."""
         return f"{self.stack.path}.{self.index}"
 
 
@@ -132,10 +133,14 @@ def _deal(denoiser: nn.Module, row: Row | None, size: int) -> list[list[_Dealt]]
             "its row."
         )
     blocks = _dealt(denoiser, row)
+    if not blocks:
+        raise ConfigError(
+            f"{owner} cannot run in {size} stages: its blocks give two tensors of one stream, or it has none. {_OFF}."
+        )
     if len(blocks) < size:
         raise ConfigError(
             f"{owner} cannot run in {size} stages: each needs a block of its own, and there are {len(blocks)}. "
-            f"Use pipeline_parallel_size={max(len(blocks), 1)} or less."
+            f"Use pipeline_parallel_size={len(blocks)} or less."
         )
     for block in blocks:
         if not any(True for _ in block.module.parameters()):

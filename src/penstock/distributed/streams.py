@@ -98,7 +98,7 @@ class Streams:
         if size == sum(map(self.local, layout.streams)):
             return tensor  # cut before, and flowing from block to block; or too short for cutting to make a difference
         if size == sum(lengths):
-            parts = zip(tensor.split(lengths, layout.dim), layout.streams, strict=True)
+            parts = zip(torch.split(tensor, lengths, layout.dim), layout.streams, strict=True)
             return _join([self._cut(part, stream, layout.dim) for part, stream in parts], layout.dim)
         if size == 1:
             return tensor
@@ -115,7 +115,7 @@ class Streams:
         if not layout.streams or all(map(self.is_whole, layout.streams)) or self.group.size == 1:
             return tensor
         widths = list(map(self.local, layout.streams))
-        parts = [part.split(widths, layout.dim) for part in self.group.all_gather(tensor)]
+        parts = [torch.split(part, widths, layout.dim) for part in self.group.all_gather(tensor)]
         joined = []
         for item, stream in enumerate(layout.streams):
             if self.is_whole(stream):

@@ -8,7 +8,7 @@ Owns the packing. Source: DeepSpeed-Ulysses, arXiv 2309.14509. Does not know mas
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -56,11 +56,11 @@ def to_heads(streams: Streams, tensors: Sequence[tuple[Tensor, Names]]) -> list[
     results = []
     for parts, (tensor, names) in zip(split, tensors, strict=True):
         share = tensor.shape[2] // size
-        found = iter(())
+        found: Iterator[Tensor] = iter(())
         if any(not streams.is_whole(name) for name in names):
             block = next(received).transpose(0, 1)  # (batch, ulysses, tokens, share, head_dim)
             widths = [streams.piece(name) for name in names if not streams.is_whole(name)]
-            found = iter([part.flatten(1, 2) for part in block.split(widths, 2)])
+            found = iter([part.flatten(1, 2) for part in torch.split(block, widths, 2)])
         results.append(
             [
                 part[:, :, rank * share : (rank + 1) * share] if streams.is_whole(name) else next(found)
@@ -92,13 +92,15 @@ def to_tokens(streams: Streams, parts: Sequence[Tensor], names: Names, num_heads
         width = streams.piece(name)
         missing = size * width - part.shape[1]
         padded = F.pad(part, (0, 0, 0, 0, 0, missing)) if missing else part
-        blocks.append(padded.unflatten(1, (size, width)).transpose(0, 1))  # (ulysses, batch, tokens, share, head_dim)
+        blocks.append(
+            torch.unflatten(padded, 1, (size, width)).transpose(0, 1)
+        )  # (ulysses, batch, tokens, share, head_dim)
         widths.append(width)
-    found = iter(())
+    found: Iterator[Tensor] = iter(())
     if blocks:
         (block,) = _trade(streams, [torch.cat(blocks, 2).contiguous()])
         tokens = block.permute(1, 2, 0, 3, 4).flatten(2, 3)  # (batch, tokens, heads, head_dim)
-        found = iter(tokens.split(widths, 1))
+        found = iter(torch.split(tokens, widths, 1))
     whole = [
         torch.cat(streams.ulysses.all_gather(part), 2) if streams.is_whole(name) else next(found)
         for part, name in zip(parts, names, strict=True)
@@ -112,7 +114,7 @@ def _fill_heads(tensor: Tensor, size: int) -> Tensor:
 
 
 def _by_stream(streams: Streams, tensor: Tensor, names: Names) -> tuple[Tensor, ...]:
-    return tensor.split([streams.local(name) for name in names], 1)
+    return torch.split(tensor, [streams.local(name) for name in names], 1)
 
 
 def _cut_parts(streams: Streams, parts: Sequence[Tensor], names: Names) -> list[Tensor]:
@@ -121,7 +123,7 @@ def _cut_parts(streams: Streams, parts: Sequence[Tensor], names: Names) -> list[
 
 def _spread_heads(tensor: Tensor, size: int) -> Tensor:
     """(batch, tokens, heads, head_dim) to (ulysses, batch, tokens, heads / ulysses, head_dim)."""
-    return tensor.unflatten(2, (size, -1)).permute(2, 0, 1, 3, 4)
+    return torch.unflatten(tensor, 2, (size, -1)).permute(2, 0, 1, 3, 4)
 
 
 def _trade(streams: Streams, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -132,5 +134,5 @@ def _trade(streams: Streams, tensors: Sequence[Tensor]) -> list[Tensor]:
     flat = [tensor.reshape(group.size, -1) for tensor in tensors]
     traded = group.all_to_all(torch.cat(flat, 1) if len(flat) > 1 else flat[0])
     widths = [part.shape[1] for part in flat]
-    parts = traded.split(widths, 1)
+    parts = torch.split(traded, widths, 1)
     return [part.reshape(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]

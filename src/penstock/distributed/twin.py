@@ -94,7 +94,7 @@ class Twin:
     def plan(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TilePlan:
         """The calls that `method` is going to make, given these arguments.
 
-        Cost: a run of each shape of tile without its arithmetic, some 50 ms; nothing for arguments like earlier ones.
+        Cost: a run of each shape of tile without its arithmetic, 0.2 to 1.5 CPU s; 2 ms where it is known already.
         """
         dtypes = [tensor.dtype for tensor in _tensors(self._vae)]
         key = repr((method, tree_map(_describe, (args, kwargs)), _switches(self._vae), dtypes))

@@ -126,12 +126,11 @@ def prepare(model: str | Path, config: LoadConfig, parallel: ParallelConfig | No
 
     Cost: configs, tokenizers and safetensors headers are read; no weights.
     """
-    parallel = parallel or ParallelConfig()
     device, mesh = join_ranks(config, parallel)
     dtype = choose_dtype(config, device)
     skeleton = build_skeleton(open_folder(model, config), config)
     check_defaults(skeleton.folder.notes.defaults, type(skeleton.pipeline))
-    check_splits(skeleton.pipeline, parallel)
+    check_splits(skeleton.pipeline, mesh.config)
     return Prepared(skeleton, config, device, dtype, mesh, _plan(skeleton, config, device, dtype, mesh))
 
 
@@ -141,26 +140,33 @@ def _plan(skeleton: Skeleton, config: LoadConfig, device: torch.device, dtype: t
     modules = [getattr(skeleton.pipeline, name) for name in skeleton.classes]
     for name, module in zip(skeleton.classes, modules, strict=True):
         records.update(as_stored(module, skeleton.indexes.get(name)))
-    split_weights(skeleton.pipeline, mesh)
-    dtypes = _all_dtypes(modules, dtype)
+    dtypes = _dtypes(modules, dtype)  # before what is split refuses to list its weights
+    split = split_weights(skeleton.pipeline, mesh)
 
     def locate(name: str, tensor: torch.Tensor, num_bytes: int) -> Range | None:
         record = records.get(id(tensor))
         return FileRange(record.file, record.offset, num_bytes) if record else None
 
-    return plan_pipeline(skeleton.pipeline, config, device, locate, dtypes).plan
+    try:
+        return plan_pipeline(skeleton.pipeline, config, device, locate, dtypes()).plan
+    finally:
+        split.run()
 
 
-def _all_dtypes(modules: Iterable[torch.nn.Module], dtype: torch.dtype) -> dict[int, torch.dtype]:
-    """Of several modules."""
-    return {key: wanted for module in modules for key, wanted in _dtypes(module, dtype).items()}
+def _dtypes(modules: Iterable[torch.nn.Module], dtype: torch.dtype) -> Callable[[], dict[int, torch.dtype]]:
+    """What tells, by the id of a tensor that modules have then, the dtype that stock loading in `dtype` gives it."""
+    wanted = [(module, target_dtypes(module, dtype)) for module in modules]
 
+    def by_tensor() -> dict[int, torch.dtype]:
+        return {
+            id(tensor): names[name]
+            for module, names in wanted
+            for named in (module.named_parameters, module.named_buffers)
+            for name, tensor in named(remove_duplicate=False)
+            if name in names
+        }
 
-def _dtypes(module: torch.nn.Module, dtype: torch.dtype) -> dict[int, torch.dtype]:
-    """By the id of a module's tensor, the dtype that stock loading in `dtype` gives it."""
-    wanted = target_dtypes(module, dtype)
-    named = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
-    return {id(tensor): wanted[name] for name, tensor in named if name in wanted}
+    return by_tensor
 
 
 def fill(prepared: Prepared, on_progress: Callable[[LoadEvent], None] | None = None, *, trace: bool = False) -> Any:
@@ -217,11 +223,9 @@ def _place(prepared: Prepared, pipeline: Any, modules: dict[str, Any], trace: bo
         check=prepared.config.check and plan.offload != "none",
     )
     is_stored = plan.offload != "none" or prepared.has_split_weights  # else the libraries have cast the weights
-
-    def dtypes() -> dict[int, torch.dtype]:
-        return _all_dtypes(modules.values(), prepared.dtype) if is_stored else {}
-
-    place(pipeline, config, prepared.parallel, dtypes=dtypes, trace=trace, reason=plan.reason)
+    dtypes = _dtypes(modules.values() if is_stored else (), prepared.dtype)
+    parallel = prepared.parallel if prepared.parallel.world_size > 1 else None
+    place(pipeline, config, parallel, dtypes=dtypes, trace=trace, reason=plan.reason)
 
 
 def notes_of(pipeline: Any) -> ModelNotes:

@@ -143,16 +143,7 @@ def verify(
 
     Cost: two runs, or three with the control; one pipeline is in memory at a time.
     """
-    if tolerance is not None and (tolerance < 0 or not math.isfinite(tolerance)):
-        raise ConfigError(f"tolerance={tolerance} is not a number from 0 up. 0 asks for bit equality.")
-    if request.num_images != 1:
-        raise RequestError(f"num_images={request.num_images}: verify compares one picture. Leave it out.")
-    prepared = prepare(model, LoadConfig.of(**options), parallel)
-    if prepared.parallel.data_parallel_size > 1:
-        raise ConfigError(
-            f"data_parallel_size={prepared.parallel.data_parallel_size}: verify compares one picture, and each group "
-            "makes its own. Leave it out."
-        )
+    prepared = _prepared(model, request, tolerance, parallel, options)
     world = prepared.mesh["world"]
     plain_dtype = choose_dtype(LoadConfig(dtype=reference_dtype or "auto"), prepared.device)
     if reference_dtype is None:
@@ -182,6 +173,27 @@ def verify(
         differences=differences,
         control=damaged,
     )
+
+
+def _prepared(
+    model: str | Path,
+    request: GenerationRequest,
+    tolerance: float | None,
+    parallel: ParallelConfig | None,
+    options: dict[str, Any],
+) -> Prepared:
+    """The configuration to verify, once nothing speaks against it."""
+    if tolerance is not None and (tolerance < 0 or not math.isfinite(tolerance)):
+        raise ConfigError(f"tolerance={tolerance} is not a number from 0 up. 0 asks for bit equality.")
+    if request.num_images != 1:
+        raise RequestError(f"num_images={request.num_images}: verify compares one picture. Leave it out.")
+    prepared = prepare(model, LoadConfig.of(**options), parallel)
+    if prepared.parallel.data_parallel_size > 1:
+        raise ConfigError(
+            f"data_parallel_size={prepared.parallel.data_parallel_size}: verify compares one picture, and each group "
+            "makes its own. Leave it out."
+        )
+    return prepared
 
 
 def record(pipeline: Any, arguments: dict[str, Any], seed: int) -> Recording:

@@ -241,9 +241,8 @@ def place(
             "as attributes; penstock.load takes names and folders."
         )
     _require_unplaced(pipeline)
-    parallel = parallel or ParallelConfig()
     device, mesh = join_ranks(config, parallel)
-    check_splits(pipeline, parallel)
+    check_splits(pipeline, mesh.config)
     split = _Split(mesh, dtypes, split_weights(pipeline, mesh))
     try:
         planned = plan_pipeline(pipeline, config, device, _in_memory(), dtypes())

@@ -18,7 +18,7 @@ from penstock.distributed import parallel_state
 from penstock.distributed.environment import read_environment, start
 from penstock.distributed.guidance import apply_guidance
 from penstock.distributed.knowledge import apply_sequences, check_sequences
-from penstock.distributed.mesh import Mesh, build_mesh
+from penstock.distributed.mesh import Mesh, alone, build_mesh, require_ranks
 from penstock.distributed.stages import apply_stages, check_stages
 from penstock.distributed.tensor import apply_tensor, check_tensor
 from penstock.distributed.tiles import apply_tiles, check_tiles
@@ -27,16 +27,17 @@ from penstock.engine.together import apply_together
 from penstock.errors import ConfigError
 from penstock.models.components import discover
 from penstock.models.rows.table import row_of
+from penstock.profile import Role
 from penstock.undo import Undo
 from penstock.weights.maps import MappedFiles
 
 
-def join_ranks(config: OffloadConfig, parallel: ParallelConfig) -> tuple[torch.device, Mesh]:
+def join_ranks(config: OffloadConfig, parallel: ParallelConfig | None) -> tuple[torch.device, Mesh]:
     """This rank's device, and its place in the mesh.
 
     Args:
         config: names the device.
-        parallel: the degrees.
+        parallel: the degrees; None for a process on its own, whatever started it.
 
     Raises:
         ConfigError: for a device that this machine has not, and for degrees that are not the ranks that were started.
@@ -44,14 +45,15 @@ def join_ranks(config: OffloadConfig, parallel: ParallelConfig) -> tuple[torch.d
     Cost: with several ranks it waits for all of them.
     """
     device = choose_device(config)
-    if parallel.world_size == 1:
-        return device, build_mesh(parallel, device.type)
+    environment = read_environment() if parallel else None
+    if parallel is None or (environment is None and parallel.world_size == 1):
+        return device, alone()
     if device.type not in ("cpu", "cuda"):
         raise ConfigError(
             f"{parallel.equation()}: ranks exchange on cuda and cpu, and this is {device}. Use device=cpu."
         )
-    environment = read_environment()
     if environment is not None:
+        require_ranks(parallel, environment.world_size)
         start(environment, device)
     if device.type == "cuda":
         own = torch.device("cuda", torch.cuda.current_device())
@@ -88,14 +90,28 @@ def check_splits(pipeline: Any, parallel: ParallelConfig) -> None:
         if parallel.pipeline_parallel_size > 1:
             check_stages(denoiser, row_of(denoiser), parallel.pipeline_parallel_size)
     if parallel.vae_patch_parallel_size > 1:
-        vaes = _modules(pipeline, "vae")
-        if not vaes:
-            raise ConfigError(
-                f"vae_patch_parallel_size({parallel.vae_patch_parallel_size}): {type(pipeline).__name__} has no VAE. "
-                "Leave it at 1."
-            )
-        for vae in vaes:
+        _tiled_vaes(pipeline, parallel.vae_patch_parallel_size)
+
+
+def _tiled_vaes(pipeline: Any, size: int) -> list[nn.Module]:
+    """The VAEs whose tiles can be spread; one of sound beside one of pictures may have none.
+
+    Raises:
+        ConfigError: where no VAE has any.
+    """
+    refused: list[ConfigError] = []
+    tiled = []
+    for vae in _modules(pipeline, "vae"):
+        try:
             check_tiles(vae)
+            tiled.append(vae)
+        except ConfigError as error:
+            refused.append(error)
+    if tiled:
+        return tiled
+    if refused:
+        raise refused[0]
+    raise ConfigError(f"vae_patch_parallel_size({size}): {type(pipeline).__name__} has no VAE. Leave it at 1.")
 
 
 def split_weights(pipeline: Any, mesh: Mesh) -> Undo:
@@ -146,11 +162,11 @@ def split_work(pipeline: Any, mesh: Mesh) -> Undo:
         undo.add(apply_sequences(denoiser, mesh).run)
         undo.add(apply_guidance(denoiser, mesh["cfg"]).run)
     if mesh["vae"].size > 1:
-        for vae in _modules(pipeline, "vae"):
+        for vae in _tiled_vaes(pipeline, mesh["vae"].size):
             undo.add(apply_tiles(vae, mesh["vae"]).run)
-    undo.add(apply_together(pipeline, mesh["replica"]).run)
+    undo.add(apply_together(pipeline, mesh).run)
     return undo
 
 
-def _modules(pipeline: Any, role: str) -> list[nn.Module]:
+def _modules(pipeline: Any, role: Role) -> list[nn.Module]:
     return [component.module for component in discover(pipeline).by_role(role)]

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import inspect
 import pickle
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -18,16 +19,20 @@ import numpy as np
 import torch
 from torch.utils._pytree import tree_leaves
 
+from penstock.distributed.futures import wait
 from penstock.distributed.group import Group
+from penstock.distributed.mesh import Mesh
+from penstock.distributed.rounds import rounds_of
 from penstock.distributed.watch import current_watch
 from penstock.errors import RequestError
 from penstock.undo import Undo
 
+_CALLBACK = "callback_on_step_end"
 _TOLD = (str, int, float, bool, type(None))
 
 
-def apply_together(pipeline: Any, group: Group) -> Undo:
-    """Have the ranks of a group call a pipeline as one.
+def apply_together(pipeline: Any, mesh: Mesh) -> Undo:
+    """Have the ranks that make one picture together call a pipeline as one.
 
     Before each call their generators get the state of the first rank's, the global ones of torch, Python and numpy
     included: every random draw is the one that a single rank would make. A rank that raises ends those that would
@@ -35,7 +40,7 @@ def apply_together(pipeline: Any, group: Group) -> Undo:
 
     Args:
         pipeline: any callable object; its class is replaced by one of the same name.
-        group: all ranks that make one picture together.
+        mesh: whose `replica` axis holds these ranks.
 
     Returns:
         What gives the class back.
@@ -47,6 +52,7 @@ def apply_together(pipeline: Any, group: Group) -> Undo:
     """
     undo = Undo()
     stock = type(pipeline)
+    group = mesh["replica"]
     if group.size == 1 or not callable(pipeline):
         return undo
 
@@ -55,12 +61,38 @@ def apply_together(pipeline: Any, group: Group) -> Undo:
         with current_watch(group.ranks) or nullcontext():
             _require_equal(group, args, kwargs)
             _share_random_states(group, args, kwargs)
-            return stock.__call__(self, *args, **kwargs)
+            return _finished(mesh["cfg"], stock.__call__, self, *args, **_seeing_callback(kwargs))
 
     names = {name: getattr(stock, name) for name in ("__module__", "__qualname__", "__doc__")}
     pipeline.__class__ = type(stock.__name__, (stock,), {**names, "__call__": call})
     undo.add(lambda: setattr(pipeline, "__class__", stock))
     return undo
+
+
+def _finished(guidance: Group, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The result of a call, with nothing in it that other ranks have yet to send."""
+    is_over = False
+    try:
+        result = call(*args, **kwargs)
+        rounds_of(guidance).close()
+        is_over = True
+        return wait(result)
+    finally:
+        if not is_over:
+            rounds_of(guidance).drop()
+
+
+def _seeing_callback(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """With a callback that gets tensors which are there on every rank, so that one rank may look at them alone."""
+    callback = kwargs.get(_CALLBACK)
+    if not inspect.isfunction(callback):
+        return kwargs
+
+    @functools.wraps(callback)
+    def seeing(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> Any:
+        return callback(pipeline, step, timestep, wait(tensors))
+
+    return {**kwargs, _CALLBACK: seeing}
 
 
 def _require_equal(group: Group, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -15,7 +15,21 @@ from diffusers import (
     Transformer2DModel,
 )
 
-from tests.zoo.denoisers.case import BATCH, HEAD, MASKED, TEXT, Size, case, noise, picture, pooled, text, times, tokens, video
+from tests.zoo.denoisers.case import (
+    BATCH,
+    HEAD,
+    MASKED,
+    TEXT,
+    Size,
+    case,
+    noise,
+    picture,
+    pooled,
+    text,
+    times,
+    tokens,
+    video,
+)
 
 _BLOCKS = ("transformer_blocks",)
 
@@ -184,10 +198,12 @@ def _transformer_2d_arguments(size: Size) -> dict[str, Any]:
 
 
 CASES = (
-    case("ace_step", _ace_step, _ace_step_arguments, ("layers",), note="half of the blocks see a window"),
+    case("ace_step", _ace_step, _ace_step_arguments, ("layers",), gain=1.5, note="half of the blocks see a window"),
     case("transformer_2d", _transformer_2d, _transformer_2d_arguments, _BLOCKS, channels=0, note="of feature maps"),
     case("mochi", _mochi, _mochi_arguments, _BLOCKS, MASKED, channels=0, note="rows of the batch one by one"),
-    case("helios", _helios, _helios_arguments, ("blocks",), channels=0, note="three histories before the video"),
+    case(
+        "helios", _helios, _helios_arguments, ("blocks",), gain=1.7, channels=0, note="three histories before the video"
+    ),
     case("qwen_image_clean", _qwen_clean, _qwen_clean_arguments, _BLOCKS, MASKED, note="two kinds of modulation"),
     case(
         "hunyuan_video_replace",

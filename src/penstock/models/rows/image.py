@@ -48,7 +48,13 @@ def _flux3_mode(path: str, stream: str, is_closed: bool = False) -> StackRow:
 
 ROWS: dict[str, Row] = {
     "FluxTransformer2DModel": _FLUX_WITH_RESIDUALS,
-    "BriaTransformer2DModel": _FLUX_WITH_RESIDUALS,
+    "BriaTransformer2DModel": replace(
+        _FLUX,
+        residuals={"controlnet_block_samples": "img"},
+        refuses={
+            "controlnet_single_block_samples": "they are added from the place in the picture where a text would end"
+        },
+    ),
     "LongCatImageTransformer2DModel": _FLUX,
     "OvisImageTransformer2DModel": _FLUX,
     "ChromaTransformer2DModel": Row(

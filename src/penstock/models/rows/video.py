@@ -172,9 +172,7 @@ ROWS: dict[str, Row] = {
     ),
     "MiniMaxH3Transformer3DModel": Row(
         stacks=(
-            StackRow(
-                _BLOCKS, {"hidden_states": "all", "adaln_indices": "all:0", "rotary_emb": "all:0"}, ("all",)
-            ),
+            StackRow(_BLOCKS, {"hidden_states": "all", "adaln_indices": "all:0", "rotary_emb": "all:0"}, ("all",)),
         ),
         attention={"attn": "all"},
     ),

@@ -1,0 +1,140 @@
+"""Splits of a whole pipeline: the order, what is refused before weights load, what is put back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import penstock
+from penstock.config import LoadConfig, OffloadConfig, ParallelConfig
+from penstock.distributed import parallel_state
+from penstock.distributed.environment import RankEnvironment
+from penstock.engine import splits
+from penstock.engine.build import prepare
+from penstock.engine.splits import check_splits, join_ranks
+from penstock.errors import ConfigError
+from tests import zoo
+from tests.distributed.sequences import difference
+from tests.ranks import run_ranks
+
+CPU = OffloadConfig(device="cpu")
+TOLERANCE = 1e-4
+
+
+def test_one_process_is_alone() -> None:
+    device, mesh = join_ranks(CPU, None)
+    assert (device.type, mesh["world"].size) == ("cpu", 1)
+    assert join_ranks(CPU, ParallelConfig())[1]["world"].size == 1
+
+
+def test_ranks_that_nobody_started_are_refused_with_the_way_to_start_them() -> None:
+    with pytest.raises(ConfigError, match="torchrun --nproc-per-node 4"):
+        join_ranks(CPU, ParallelConfig(ulysses_degree=4))
+
+
+def test_ranks_that_a_launcher_started_must_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    environment = RankEnvironment(0, 4, 0, 4, "127.0.0.1", 29500)
+    monkeypatch.setattr(splits, "read_environment", lambda: environment)
+    with pytest.raises(ConfigError, match=r"ring\(2\) = 2 is not world_size\(4\).*--data-parallel-size 2"):
+        join_ranks(CPU, ParallelConfig(ring_degree=2))
+    with pytest.raises(ConfigError, match=r"nothing split \(1\) = 1 is not world_size\(4\)"):
+        join_ranks(CPU, ParallelConfig())
+    assert join_ranks(CPU, None)[1]["world"].size == 1  # a program that uses its ranks for itself
+
+
+@pytest.mark.parametrize(
+    ("name", "degrees", "reason"),
+    [
+        ("sana", {"ulysses_degree": 2}, "convolution"),
+        ("sd15", {"ring_degree": 2}, "convolution"),
+        ("flux", {"tensor_parallel_size": 2}, r"tensor\(2\) does not divide heads"),
+        ("flux", {"pipeline_parallel_size": 64}, "each needs a block of its own"),
+        ("sd15", {"pipeline_parallel_size": 2}, "no row"),
+    ],
+)
+def test_what_a_class_cannot_do_is_refused(name: str, degrees: dict[str, int], reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        check_splits(zoo.build(name), ParallelConfig(**degrees))
+
+
+def test_a_pipeline_without_denoiser_has_nothing_to_split() -> None:
+    class Bare:
+        pass
+
+    with pytest.raises(ConfigError, match="Bare has no denoiser"):
+        check_splits(Bare(), ParallelConfig(cfg_parallel_size=2))
+    with pytest.raises(ConfigError, match=r"vae_patch_parallel_size\(2\): Bare has no VAE"):
+        check_splits(Bare(), ParallelConfig(vae_patch_parallel_size=2))
+
+
+def refused_before_loading(folder: Path) -> int:
+    with pytest.raises(ConfigError, match="does not divide heads"):
+        prepare(folder, LoadConfig(device="cpu"), ParallelConfig(tensor_parallel_size=2))
+    return 1
+
+
+def test_a_folder_is_refused_before_its_weights_load(zoo_folder: Callable[[str], Path]) -> None:
+    assert run_ranks(2, refused_before_loading, zoo_folder("flux")) == [1, 1]
+
+
+def bytes_of(module: torch.nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
+
+
+def load_split(folder: Path, name: str, degrees: dict[str, int], options: dict[str, Any]) -> tuple[float, float, str]:
+    """On every rank: how far its picture is from the plain one, its share of the denoiser, what its report says."""
+    plain_pipeline = penstock.load(folder, device="cpu", offload="none", dtype=options.get("dtype", "auto"))
+    plain = zoo.tensors(zoo.run(plain_pipeline, name, seed=5))
+    pipeline = penstock.load(folder, device="cpu", parallel=ParallelConfig(**degrees), **options)
+    share = bytes_of(pipeline.transformer) / bytes_of(plain_pipeline.transformer)
+    result = zoo.tensors(zoo.run(pipeline, name, seed=5))
+    placed = penstock.placed_on(pipeline)
+    assert placed is not None
+    told = str(placed.report())
+    assert parallel_state.get_world_size() == placed.mesh["world"].size
+    placed.remove()
+    assert not parallel_state.model_parallel_is_initialized()
+    again = zoo.tensors(zoo.run(pipeline, name, seed=5))
+    assert difference(list(again), list(plain)) < TOLERANCE
+    return difference(list(result), list(plain)), share, told
+
+
+@pytest.mark.parametrize(
+    ("name", "degrees", "options"),
+    [
+        ("qwen_image", {"tensor_parallel_size": 2, "cfg_parallel_size": 2}, {"offload": "none"}),
+        ("qwen_image", {"pipeline_parallel_size": 2, "ulysses_degree": 2}, {"offload": "none"}),
+        ("qwen_image", {"tensor_parallel_size": 2, "ring_degree": 2}, {"max_weight_memory": "least"}),
+        ("wan22", {"pipeline_parallel_size": 2, "cfg_parallel_size": 2}, {"max_weight_memory": "least"}),
+        ("wan22", {"ulysses_degree": 2, "vae_patch_parallel_size": 4}, {"offload": "sequential"}),
+    ],
+    ids=str,
+)
+def test_a_loaded_pipeline_is_split_and_put_back(
+    zoo_folder: Callable[[str], Path], name: str, degrees: dict[str, int], options: dict[str, Any]
+) -> None:
+    for far, share, told in run_ranks(4, load_split, zoo_folder(name), name, degrees, options):
+        assert far < TOLERANCE
+        if options == {"offload": "none"}:
+            assert share < 0.75
+        assert "split " in told and "received" in told
+
+
+def different_arguments() -> str:
+    pipeline = zoo.build("flux")
+    placed = penstock.apply(pipeline, device="cpu", offload="none", parallel=ParallelConfig(ulysses_degree=2))
+    rank = placed.mesh["world"].rank
+    with pytest.raises(penstock.RequestError, match="rank 1 of 2 was called with other arguments"):
+        zoo.run(pipeline, "flux", prompt=f"a {rank}")
+    first = zoo.tensors(zoo.run(pipeline, "flux", generator=None))
+    placed.remove()
+    return str(float(first[0].double().sum()))
+
+
+def test_a_refused_call_leaves_a_pipeline_that_works_and_draws_alike() -> None:
+    first, second = run_ranks(2, different_arguments)
+    assert first == second
