@@ -8,6 +8,9 @@ ratios. `at once` is the control: every rank runs the plain model for itself at 
 machine takes from ranks that share it. `attainable` is the speed-up of ranks that would do nothing but share the
 work: ranks * plain / at once.
 
+The machine may be shared: a run during which other processes had more than a twentieth of it is timed again, up to
+eight times, and the least disturbed counts (`others`: their share).
+
 Wall and CPU seconds are those of the slowest rank. `exchange` is time within penstock's collectives, waiting for the
 other ranks included; `formula` is the bytes received while blocks run over those that docs/concepts/parallel.md
 predicts. Every output is compared with the plain one. Prints tables, then one line of JSON.
@@ -53,6 +56,7 @@ COLUMNS = (
     ("MiB/step", "received_bytes", 2**20, "8.2f"),
     ("formula", "formula_share", 1, "7.3f"),
     ("differs", "difference", 1, "8.1g"),
+    ("others", "disturbance", 1, "7.2f"),
 )
 
 
@@ -62,7 +66,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--cases", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=2, help="timed in a run, after one that warms up")
+    parser.add_argument("--steps", type=int, default=1, help="timed in a run, after one that warms up")
+    parser.add_argument("--tries", type=int, default=8, help="at most, to find a run that others do not disturb")
+    parser.add_argument(
+        "--most-disturbance", type=float, default=0.05, help="share of the machine that others may have"
+    )
     parser.add_argument("--small", action="store_true", help="models that take no time: to see that all runs")
     parser.add_argument("--out", type=Path, help="also write the line of JSON here")
     options = parser.parse_args()
@@ -126,17 +134,30 @@ class Team:
         ]
         self.facts = [process.answer() for process in (self.alone, *self.ranks)]
 
-    def run(self, system: str) -> dict[str, Any]:
-        """One system: the slowest rank's times, the worst difference."""
+    def run(self, system: str, options: argparse.Namespace) -> dict[str, Any]:
+        """One system: timed again as long as others disturb it; the run that they disturbed least."""
+        tries: list[dict[str, Any]] = []
+        while len(tries) < options.tries:
+            found = self._time(system)
+            if "failed" in found:
+                return found
+            tries.append(found)
+            if found["disturbance"] <= options.most_disturbance:
+                break
+        return min(tries, key=lambda found: found["disturbance"]) | {"tries": len(tries)}
+
+    def _time(self, system: str) -> dict[str, Any]:
+        """The slowest rank's times, the worst difference, and the share of the machine that others had."""
         processes = [self.alone] if system in ALONE else self.ranks
-        load = os.getloadavg()[0]
         for process in processes:
             process.ask("plain" if system == CONTROL else system)
         found = [process.answer() for process in processes]
         failed = next((answer for answer in found if "failed" in answer), None)
         if failed:
             return failed
-        return {name: max(answer[name] for answer in found) for name in found[0]} | {"load_average": load}
+        slowest = {name: max(answer[name] for answer in found) for name in found[0]}
+        others_s = slowest["machine_s"] - sum(answer["cpu_s"] for answer in found)
+        return slowest | {"disturbance": others_s / slowest["wall_s"] / (os.cpu_count() or 1)}
 
     def end(self) -> None:
         """Let all go."""
@@ -157,7 +178,7 @@ def run_case(case: str, options: argparse.Namespace) -> tuple[dict[str, Any], li
             last = rounds[-1] if rounds else {}
             rounds.append(
                 {
-                    system: last[system] if "failed" in last.get(system, {}) else team.run(system)
+                    system: last[system] if "failed" in last.get(system, {}) else team.run(system, options)
                     for system in (*ALONE, CONTROL, *SYSTEMS[case])
                 }
             )
@@ -216,24 +237,19 @@ def wide(form: str) -> int:
     return int(form.split(".")[0])
 
 
-def verdicts(tables: dict[str, dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+def verdicts(case: str, table: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """What was aimed at, and what came out."""
     found: dict[str, dict[str, Any]] = {}
-    for case, table in tables.items():
-        for system, wanted in AIMS.items():
-            if system in table:
-                measured = table[system]["speed_up"]
-                found[f"{case} {system}"] = {
-                    "measured": measured,
-                    "wanted": f">= {wanted}",
-                    "reached": measured >= wanted,
-                }
-        overhead = 1 / table["placed"]["cpu_speed_up"] - 1
-        found[f"{case} placed, CPU over plain"] = {
-            "measured": overhead,
-            "wanted": f"< {MOST_OVERHEAD}",
-            "reached": overhead < MOST_OVERHEAD,
-        }
+    for system, wanted in AIMS.items():
+        if system in table:
+            measured = table[system]["speed_up"]
+            found[f"{case} {system}"] = {"measured": measured, "wanted": f">= {wanted}", "reached": measured >= wanted}
+    overhead = 1 / table["placed"]["cpu_speed_up"] - 1
+    found[f"{case} placed, CPU over plain"] = {
+        "measured": overhead,
+        "wanted": f"< {MOST_OVERHEAD}",
+        "reached": overhead < MOST_OVERHEAD,
+    }
     return found
 
 
@@ -257,19 +273,19 @@ def main() -> None:
     """Run all cases, print what came out, and fail where an output is not the plain one's."""
     options = parse()
     facts: dict[str, Any] = {"cpus": os.cpu_count(), "ranks": options.ranks, "steps": options.steps, "models": {}}
-    rounds, tables = {}, {}
+    rounds, tables, aims = {}, {}, {}
     for case in options.cases:
         facts["models"][case], rounds[case] = run_case(case, options)
         tables[case] = medians(rounds[case], options.ranks)
+        aims |= verdicts(case, tables[case])
         print_case(case, facts["models"][case], tables[case])
-    aims = verdicts(tables)
+        line = json.dumps({"facts": facts, "aims": aims, "medians": tables, "rounds": rounds})
+        if options.out:  # after each case: a run takes a while
+            options.out.parent.mkdir(parents=True, exist_ok=True)
+            options.out.write_text(line + "\n")
     print()
     for name, aim in aims.items():
         print(f"{name:36s} {aim['measured']:8.3f}  {aim['wanted']:8s} {'yes' if aim['reached'] else 'NO'}")
-    line = json.dumps({"facts": facts, "aims": aims, "medians": tables, "rounds": rounds})
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(line + "\n")
     print(line)
     wrong = mistakes(tables)
     if wrong:

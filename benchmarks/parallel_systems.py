@@ -10,7 +10,8 @@
     diffusers-ulysses, diffusers-ring, diffusers-tensor    diffusers' own, put in place by hand: its
                        `enable_parallelism` divides by the number of accelerators, which is zero on the CPU
 
-Prints one line of JSON when the model is ready, and one for each system.
+A system named again is timed again, without being put in place anew. Prints one line of JSON when the model is ready,
+and one for each line of stdin.
 """
 
 from __future__ import annotations
@@ -25,18 +26,19 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import diffusers
 import torch
 import torch.distributed as dist
-from diffusers import AutoencoderKL, AutoencoderKLWan, FluxTransformer2DModel, WanTransformer3DModel
 from diffusers.hooks import tensor_parallel
 from diffusers.hooks.context_parallel import apply_context_parallel
 from diffusers.models import _modeling_parallel as rival
+from parallel_cases import CASES, Case, Denoising, build_pipeline, formula_bytes, inputs_of
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import penstock
@@ -44,9 +46,6 @@ from penstock.distributed.group import Group
 
 CPU = torch.device("cpu")
 TIMEOUT = timedelta(seconds=300)
-HEAD_DIM = 128
-TEXT_WIDTH = 1024
-CHANNELS = {"flux": 64, "wan": 16}
 DEGREES = {
     "ulysses": "ulysses_degree",
     "ring": "ring_degree",
@@ -55,197 +54,6 @@ DEGREES = {
     "tiles": "vae_patch_parallel_size",
 }
 RIVAL_FAILURES = (ValueError, RuntimeError, NotImplementedError, AssertionError)
-
-
-@dataclass(frozen=True)
-class Case:
-    """A model and what it is given.
-
-    Attributes:
-        model: `flux`, `wan`, `picture` (AutoencoderKL) or `video` (AutoencoderKLWan).
-        dtype: of weights and latents.
-        size: frames, rows and columns of the denoiser's tokens, or of the VAE's latents.
-        text: tokens of text.
-        heads: of the denoiser, each 128 wide; of the VAE, 16 or 32 channels.
-        layers: blocks: of two streams and of one for Flux.
-    """
-
-    model: str
-    dtype: torch.dtype
-    size: tuple[int, int, int]
-    text: int = 0
-    heads: int = 12
-    layers: tuple[int, ...] = ()
-
-    @property
-    def width(self) -> int:
-        """Of the denoiser."""
-        return self.heads * HEAD_DIM
-
-    @property
-    def num_tokens(self) -> int:
-        """Without text."""
-        frames, rows, columns = self.size
-        return frames * rows * columns
-
-    def small(self) -> Case:
-        """The same at a size that takes no time."""
-        frames, rows, columns = self.size
-        heads = 2 if self.layers else 1
-        return replace(
-            self, size=(frames, rows * 3 // 4, columns * 3 // 4), heads=heads, layers=(1,) * len(self.layers)
-        )
-
-
-BF16, FP32 = torch.bfloat16, torch.float32
-CASES = {
-    "flux-bf16": Case("flux", BF16, (1, 32, 48), text=512, layers=(2, 4)),
-    "flux-fp32": Case("flux", FP32, (1, 12, 16), text=64, layers=(2, 4)),
-    "wan-bf16": Case("wan", BF16, (5, 16, 24), text=128, layers=(3,)),
-    "wan-fp32": Case("wan", FP32, (3, 8, 12), text=128, layers=(4,)),
-    "picture-fp32": Case("picture", FP32, (1, 64, 64), heads=1),
-    "video-fp32": Case("video", FP32, (2, 28, 28), heads=1),
-}
-
-
-class Denoising:
-    """A pipeline around one denoiser; with guidance it calls it twice per step, as Wan's does."""
-
-    def __init__(self, transformer: torch.nn.Module, stream: str) -> None:
-        self.transformer = transformer
-        self.stream = stream
-
-    def __call__(self, inputs: dict[str, torch.Tensor], num_steps: int, is_guided: bool) -> torch.Tensor:
-        """Denoise: each step begins with what the one before has made."""
-        sample = inputs[self.stream]
-        blank = {"encoder_hidden_states": inputs["encoder_hidden_states"] * 0.5}
-        with torch.inference_mode():
-            for _ in range(num_steps):
-                noise = self.transformer(**{**inputs, self.stream: sample}, return_dict=False)[0]
-                if is_guided:
-                    free = self.transformer(**{**inputs, **blank, self.stream: sample}, return_dict=False)[0]
-                    noise = free + 3.0 * (noise - free)
-                sample = sample - 0.5 * noise / noise.std()
-        return sample
-
-
-class Decoding:
-    """A pipeline around one VAE, tiled; a step is one decode."""
-
-    def __init__(self, vae: Any) -> None:
-        self.vae = vae
-
-    def __call__(self, inputs: dict[str, torch.Tensor], num_steps: int, is_guided: bool) -> torch.Tensor:
-        """Decode the latents so many times."""
-        with torch.inference_mode():
-            pictures = [self.vae.decode(inputs["latents"], return_dict=False)[0] for _ in range(num_steps)]
-        return pictures[-1]
-
-
-def build_model(case: Case) -> torch.nn.Module:
-    """The model, with random weights that are the same in every process."""
-    torch.manual_seed(0)
-    if case.model == "flux":
-        model = FluxTransformer2DModel(
-            in_channels=CHANNELS["flux"],
-            num_layers=case.layers[0],
-            num_single_layers=case.layers[1],
-            attention_head_dim=HEAD_DIM,
-            num_attention_heads=case.heads,
-            joint_attention_dim=TEXT_WIDTH,
-            pooled_projection_dim=TEXT_WIDTH,
-            axes_dims_rope=(16, 56, 56),
-        )
-    elif case.model == "wan":
-        model = WanTransformer3DModel(
-            num_attention_heads=case.heads,
-            attention_head_dim=HEAD_DIM,
-            text_dim=TEXT_WIDTH,
-            ffn_dim=case.width // 6 * 35,  # Wan 1.3B: 8960 for 1536
-            num_layers=case.layers[0],
-        )
-    elif case.model == "picture":
-        wide = 32 * case.heads
-        model = AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            block_out_channels=(wide, 2 * wide, 4 * wide, 4 * wide),
-            layers_per_block=2,
-            latent_channels=16,
-            sample_size=256,  # tiles of 32 x 32 latents
-        )
-        model.enable_tiling()
-    else:
-        model = AutoencoderKLWan(base_dim=16 * case.heads)
-        model.enable_tiling(128, 128, 96, 96)  # tiles of 16 x 16 latents
-    return cast(model, case.dtype).eval()
-
-
-def cast(model: Any, dtype: torch.dtype) -> Any:
-    """The model with weights of a dtype, but for those that its class keeps in float32."""
-    kept = set(model._keep_in_fp32_modules or ())
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor.is_floating_point() and kept.isdisjoint(name.split(".")):
-            tensor.data = tensor.data.to(dtype)
-    return model
-
-
-def build_pipeline(case: Case) -> Any:
-    """The smallest thing that can be placed."""
-    model = build_model(case)
-    return Denoising(model, "hidden_states") if case.layers else Decoding(model)
-
-
-def inputs_of(case: Case) -> dict[str, torch.Tensor]:
-    """Random latents and texts, the same in every process."""
-    generator = torch.Generator().manual_seed(1)
-
-    def noise(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator).to(case.dtype)
-
-    frames, rows, columns = case.size
-    text = noise(1, case.text, TEXT_WIDTH)
-    if case.model == "flux":
-        grid = torch.cartesian_prod(torch.arange(1), torch.arange(rows), torch.arange(columns))
-        return {
-            "hidden_states": noise(1, case.num_tokens, CHANNELS["flux"]),
-            "encoder_hidden_states": text,
-            "pooled_projections": noise(1, TEXT_WIDTH),
-            "timestep": torch.full((1,), 0.5, dtype=case.dtype),
-            "img_ids": grid.to(case.dtype),
-            "txt_ids": torch.zeros(case.text, 3, dtype=case.dtype),
-        }
-    if case.model == "wan":
-        return {
-            "hidden_states": noise(1, CHANNELS["wan"], frames, 2 * rows, 2 * columns),  # 2 x 2 latents are a token
-            "encoder_hidden_states": text,
-            "timestep": torch.full((1,), 500.0),
-        }
-    return {"latents": noise(1, 16, rows, columns) if case.model == "picture" else noise(1, 16, frames, rows, columns)}
-
-
-def formula_bytes(system: str, case: Case, num_ranks: int) -> float | None:
-    """Bytes that a rank receives per step while blocks run, by the formulas; None where there is none.
-
-    For n ranks, per layer of S tokens of a width: Ulysses 4 (n - 1) / n^2, Ring 2 (n - 1) / n, and tensor parallelism
-    2 (n - 1) / n for each layer whose outputs are summed; for CFG a prediction for each other rank.
-    """
-    others = (num_ranks - 1) / num_ranks
-    calls = 2 if case.model == "wan" else 1
-    tokens = case.num_tokens + (case.text if case.model == "flux" else 0)
-    whole = tokens * case.width * case.dtype.itemsize * calls
-    if system == "ulysses":
-        return sum(case.layers) * 4 * others / num_ranks * whole
-    if system == "ring":
-        return sum(case.layers) * 2 * others * whole
-    if system == "tensor" and case.model == "flux":
-        return (2 * case.layers[0] + case.layers[1]) * 2 * others * whole
-    if system == "tensor":
-        squares = (3 * tokens + case.text) * 4 * calls  # of norms across heads, in float32
-        return case.layers[0] * 2 * others * (3 * whole + squares)
-    if system == "cfg":
-        return (num_ranks - 1) * CHANNELS["wan"] * 4 * tokens * case.dtype.itemsize
-    return None
 
 
 class ExchangeClock:
@@ -337,6 +145,9 @@ class Bench:
         self.inputs = inputs_of(case)
         self.is_guided = case.model == "wan"
         self.expected = self.pipeline(self.inputs, num_steps, self.is_guided)
+        self.system = ""  # the one that the pipeline is split by
+        self.undo = ExitStack()
+        self.held: tuple[Any, Any] = self.pipeline, None
 
     def facts(self) -> dict[str, Any]:
         """The model's size, and a digest of its output that all processes must have."""
@@ -344,32 +155,50 @@ class Bench:
         return {
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
             "digest": hashlib.sha256(self.expected.float().numpy().tobytes()).hexdigest()[:16],
-            "versions": {"torch": torch.__version__},
+            "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__},
         }
 
+    def hold(self, system: str) -> None:
+        """Split the pipeline by a system, and warm it up; nothing where it is split so."""
+        if system != self.system:
+            self.undo.close()
+            self.system = ""
+            self.held = self.undo.enter_context(split(self.pipeline, system))
+            self.held[0](self.inputs, 1, self.is_guided)
+            self.system = system
+
     def run(self, system: str) -> dict[str, Any]:
-        """Warm up, then time: seconds and bytes per step, and how far the output is from the plain one."""
-        with split(self.pipeline, system) as (pipeline, placed):
-            pipeline(self.inputs, 1, self.is_guided)
-            before, exchanged_s = received(placed), self.clock.seconds
-            if self.num_ranks > 1:
-                dist.barrier()
-            begun_s, begun_cpu_s = time.perf_counter(), time.process_time()
-            output = pipeline(self.inputs, self.num_steps, self.is_guided)
-            wall_s, cpu_s = time.perf_counter() - begun_s, time.process_time() - begun_cpu_s
-            exchange_s = self.clock.seconds - exchanged_s
-            bytes_by_axis = received(placed) - before
-        blocks = bytes_by_axis["vae" if system == "tiles" else system]
+        """Seconds and bytes per step, and how far the output is from the plain one."""
+        self.hold(system)
+        pipeline, placed = self.held
+        before, exchanged_s = received(placed), self.clock.seconds
+        if self.num_ranks > 1:
+            dist.barrier()
+        busy_s, begun_s, begun_cpu_s = machine_s(), time.perf_counter(), time.process_time()
+        output = pipeline(self.inputs, self.num_steps, self.is_guided)
+        wall_s, cpu_s = time.perf_counter() - begun_s, time.process_time() - begun_cpu_s
+        busy_s = machine_s() - busy_s
+        exchange_s = self.clock.seconds - exchanged_s
+        bytes_by_axis = received(placed) - before
         difference = (output.float() - self.expected.float()).abs().max() / self.expected.float().abs().max()
         result = {
             "wall_s": wall_s / self.num_steps,
             "cpu_s": cpu_s / self.num_steps,
+            "machine_s": busy_s / self.num_steps,
             "exchange_s": exchange_s / self.num_steps,
             "received_bytes": sum(bytes_by_axis.values()) / self.num_steps,
             "difference": difference.item(),
         }
         formula = formula_bytes(system, self.case, self.num_ranks)
-        return result | ({"formula_share": blocks / self.num_steps / formula} if formula else {})
+        return result | ({"formula_share": bytes_by_axis[system] / self.num_steps / formula} if formula else {})
+
+
+def machine_s() -> float:
+    """CPU seconds that all processes of this machine have had so far, in steps of a hundredth."""
+    user, nice, system, _idle, _waiting, *interrupts = map(
+        int, Path("/proc/stat").read_text().split("\n")[0].split()[1:]
+    )
+    return (user + nice + system + sum(interrupts[:2])) / os.sysconf("SC_CLK_TCK")
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -36,7 +37,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def penstock(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "penstock", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=400)
 
 
 def test_places() -> None:
@@ -114,6 +115,33 @@ def test_error_of_all_ranks_is_told_once(elsewhere: Path) -> None:
     done = penstock("generate", "./nowhere", "x", "--ulysses-degree", "2", "--device", "cpu")
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+def test_rank_that_fails_alone_ends_the_others_whatever_started_them(zoo_folder: Callable[[str], Path]) -> None:
+    """Ranks of a launcher that ends none; rank 1 alone cannot write where it is told to, before weights load."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    command = [sys.executable, "-m", "penstock", "generate", str(zoo_folder("flux")), "x", *SMALL, "--num-images", "2"]
+    processes = []
+    for rank, out in enumerate(("out.png", "nowhere/out.png")):
+        told = zip(RANKS, map(str, (rank, 2, rank, 2, "127.0.0.1", port)), strict=False)
+        processes.append(
+            subprocess.Popen(
+                [*command, "--data-parallel-size", "2", "--out", out],
+                env={**os.environ, **dict(told)},
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    try:
+        (_, second), (_, first) = (process.communicate(timeout=400) for process in reversed(processes))
+        assert processes[1].returncode == 2 and "nowhere" in second
+        assert processes[0].returncode == 1 and "rank 1 failed" in first and "nowhere" in first
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
 
 
 def test_interrupt_ends_all_ranks_and_leaves_no_file(zoo_folder: Callable[[str], Path], elsewhere: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -46,3 +48,22 @@ def test_blind_tolerance_exits_1(zoo_folder: Callable[[str], Path]) -> None:
 def test_usage_error_exits_2(zoo_folder: Callable[[str], Path]) -> None:
     result = run(zoo_folder("flux"), "x", "--reference-dtype", "int4")
     assert result.exit_code == 2 and result.stderr.count("\n") == 1
+
+
+def test_stages_make_the_same_picture(zoo_folder: Callable[[str], Path]) -> None:
+    arguments = (
+        str(zoo_folder("qwen_image")),
+        "x",
+        *SMALL,
+        "--device",
+        "cpu",
+        "--pipeline-parallel-size",
+        "2",
+        "--json",
+    )
+    command = [sys.executable, "-m", "penstock", "verify", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=400)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["passed"] is True and "pipeline_parallel_size(2)" in told["configuration"]["split"]
+    assert not all(difference["is_equal"] for difference in told["control"])

@@ -9,13 +9,15 @@ from functools import cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from penstock.config import ParallelConfig
 from penstock.distributed.group import Group
 from penstock.distributed.mesh import Mesh, build_mesh
-from penstock.distributed.sequence import apply_sequence, check_sequence
+from penstock.distributed.sequence.blocks import apply_sequence, check_sequence
 from penstock.errors import PenstockError
-from penstock.models.rows.row import Row
+from penstock.models.rows.row import Row, StackRow
 from tests.zoo import denoisers
 from tests.zoo.denoisers import others
 
@@ -209,3 +211,44 @@ def traffic(name: str, degrees: Degrees, heads: int = 4) -> dict[str, tuple[int,
         for axis, group in groups.items()
         for operation, calls in group.traffic.num_calls.items()
     }
+
+
+class Attends(nn.Module):
+    """Attention without weights."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        heads = hidden_states[:, None]
+        return F.scaled_dot_product_attention(heads, heads, heads)[:, 0]
+
+
+class Block(nn.Module):
+    """A block that attends."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = Attends()
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return hidden_states + self.attn(hidden_states)
+
+
+class ByKeyword(nn.Module):
+    """A denoiser that calls its modules by keyword."""
+
+    _sequence_row = Row(
+        stacks=(StackRow("blocks", {"hidden_states": "img"}, ("img",)),),
+        attention={"attn": "img"},
+        between={"middle": "img"},
+        ends={"head": "img"},
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Block(), Block()])
+        self.middle = nn.Softmax(1)
+        self.head = nn.Softmax(1)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        first, last = self.blocks
+        hidden_states = self.middle(input=first(hidden_states=hidden_states))
+        return self.head(input=last(hidden_states=hidden_states))

@@ -181,3 +181,40 @@ def test_ranks_that_do_not_come_are_told_of() -> None:
     with pytest.raises(ConfigError, match="rank 0 of 2 did not meet the others"):
         start(lonely, torch.device("cpu"), timedelta(seconds=1))
     assert not dist.is_initialized()
+
+
+def test_group_of_the_user_gets_this_ranks_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    second = RankEnvironment(1, 2, 1, 2, "127.0.0.1", free_port())
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{free_port()}", rank=0, world_size=1)
+    try:
+        start(second, torch.device("cuda", 0))
+        assert chosen == [torch.device("cuda", 1)]
+        start(second, torch.device("cpu"))
+        assert len(chosen) == 1
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("backends", "device", "message"),
+    [
+        ("cuda:gloo", "cuda", r'none for cpu: .* on cpu and cuda\. .*init_process_group\("cpu:gloo,cuda:nccl"\)'),
+        ("cpu:gloo", "cuda", r'none for cuda: .*init_process_group\("cpu:gloo,cuda:nccl"\)'),
+        ("cuda:gloo", "cpu", r'none for cpu: .* on cpu\. .*init_process_group\("gloo"\)'),
+    ],
+)
+def test_group_of_the_user_without_a_backend(
+    backends: str, device: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    alone = RankEnvironment(0, 1, 0, 1, "127.0.0.1", free_port())
+    dist.init_process_group(backends, init_method=f"tcp://127.0.0.1:{free_port()}", rank=0, world_size=1)
+    try:
+        with pytest.raises(ConfigError, match=message):
+            start(alone, torch.device(device))
+    finally:
+        dist.destroy_process_group()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -40,6 +41,23 @@ def test_in_a_single_process_every_getter_answers(name: str) -> None:
         assert answer == 0
     elif name.endswith("_world_size"):
         assert answer == 1
+
+
+def test_a_call_brings_its_own_mesh() -> None:
+    ours, others = (replace(build_mesh(ParallelConfig(), "cpu")) for _ in range(2))
+    with parallel_state.using(ours):
+        assert parallel_state.get_mesh() is ours
+        parallel_state.set_mesh(others)
+        assert parallel_state.get_mesh() is ours and parallel_state.model_parallel_is_initialized()
+        with pytest.raises(KeyError), parallel_state.using(others):
+            assert parallel_state.get_mesh() is others
+            raise KeyError
+        assert parallel_state.get_mesh() is ours
+    assert parallel_state.get_mesh() is others
+    parallel_state.set_mesh(None)
+    with parallel_state.using(ours):
+        assert parallel_state.model_parallel_is_initialized()
+    assert not parallel_state.model_parallel_is_initialized()
 
 
 def places(config: ParallelConfig) -> dict[str, Any]:

@@ -73,6 +73,32 @@ def test_streams_follow_the_blocks() -> None:
     run_ranks(3, run_crossing)
 
 
+DTYPES = (torch.uint8, torch.int16, torch.uint16, torch.float8_e4m3fn, torch.complex32, torch.complex128)
+
+
+def are_ones(streams: list[Tensor | None], rank: int) -> bool:
+    expected = [torch.full((2, 3), float(rank)).to(dtype) for dtype in DTYPES] + [torch.tensor(rank), torch.zeros(0, 3)]
+    return all(
+        one is not None and one.dtype == other.dtype and one.shape == other.shape and one.tolist() == other.tolist()
+        for one, other in zip(streams, expected, strict=True)
+    )
+
+
+def run_dtypes() -> None:
+    ranks = group()
+    relay = Relay(ranks)
+    mine: list[Tensor | None] = [torch.full((2, 3), float(ranks.rank)).to(dtype) for dtype in DTYPES]
+    mine.extend([torch.tensor(ranks.rank), torch.zeros(0, 3)])
+    relay.begin()
+    relay.cross(mine, stage=2)
+    assert are_ones(relay.cross(mine, stage=1), 2 if ranks.rank == 1 else ranks.rank)
+    assert are_ones(relay.spread(mine), 1)
+
+
+def test_streams_of_any_dtype_arrive() -> None:
+    run_ranks(3, run_dtypes)
+
+
 def run_gates() -> None:
     ranks = group()
     relay = Relay(ranks)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DiffusionPipeline, HunyuanDiT2DModel
+from peft import LoraConfig
 from torch import Tensor, nn
 
 from penstock.distributed.group import Group
@@ -26,6 +27,7 @@ from tests.distributed.stages import (
     Denoiser,
     are_equal,
     forward,
+    hold,
     num_bytes,
     row_for,
     stages,
@@ -117,6 +119,37 @@ def run_let_go() -> None:
 
 def test_what_was_let_go_is_missed_by_name() -> None:
     run_ranks(2, run_let_go)
+
+
+def test_adapters_are_refused_while_blocks_are_elsewhere() -> None:
+    denoiser = CASES["flux"].build()
+    undo = apply_stages(denoiser, row_for(denoiser), Group("pipeline", 1, (0, 1), None), hold)
+    before = list(denoiser.named_modules())
+    for name in ("to_q", "to_out.0", "ff.net.2"):
+        with pytest.raises(ConfigError, match=r"add_adapter: the denoiser is split in 2 stages.*before it is split"):
+            denoiser.add_adapter(LoraConfig(r=2, target_modules=[name]))
+    with pytest.raises(ConfigError, match="load_lora_adapter: the denoiser is split in 2 stages"):
+        denoiser.load_lora_adapter({})
+    assert list(denoiser.named_modules()) == before
+    undo.run()
+    denoiser.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+
+
+def test_stages_that_fail_half_way_leave_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    denoiser = CASES["flux"].build()
+    before = list(denoiser.named_modules())
+    calls = iter(range(9))
+
+    def interrupted(self: nn.Module, hook: object) -> None:
+        if next(calls) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(nn.Module, "register_state_dict_pre_hook", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        apply_stages(denoiser, row_for(denoiser), Group("pipeline", 1, (0, 1), None))
+    assert list(denoiser.named_modules()) == before
+    assert not any("forward" in vars(module) for module in denoiser.modules())
+    assert forward(denoiser, CASES["flux"].inputs("odd"))
 
 
 def run_surface() -> None:

@@ -11,7 +11,7 @@ from penstock.config import ParallelConfig
 from penstock.distributed import relay
 from penstock.distributed.mesh import build_mesh
 from penstock.distributed.relay import HEAD_BYTES
-from penstock.distributed.sequence import apply_sequence, check_sequence
+from penstock.distributed.sequence.blocks import apply_sequence, check_sequence
 from penstock.distributed.stages import apply_stages, check_stages, deal
 from penstock.distributed.tensor import apply_tensor
 from penstock.errors import ConfigError, GenerationError
@@ -29,10 +29,12 @@ from tests.distributed.stages import (
 from tests.ranks import run_ranks
 from tests.zoo.denoisers import CASES
 
-ENTANGLED = {"HunyuanDiT2DModel", "DiTTransformer2DModel", "AceStepTransformer1DModel", "CosmosTransformer3DModel"}
+ENTANGLED = {"HunyuanDiT2DModel", "DiTTransformer2DModel", "CosmosTransformer3DModel"}
 OWNERS = {name: type(denoiser).__name__ for name, case in CASES.items() if row_of(denoiser := case.build()) is not None}
 NAMES = [name for name, owner in OWNERS.items() if owner not in ENTANGLED]
 REFUSED = [name for name, owner in OWNERS.items() if owner in ENTANGLED]
+MAIN = ("flux", "qwen_image", "sd3", "wan", "hunyuan_video", "ltx2", "z_image", "cogvideox")
+"""Families that three stages are tried with."""
 
 
 # ---- the same bits ----
@@ -41,22 +43,21 @@ REFUSED = [name for name, owner in OWNERS.items() if owner in ENTANGLED]
 def run_case(name: str, size: int) -> None:
     case = CASES[name]
     denoiser = case.build()
-    if sum(map(len, deal(denoiser, row_for(denoiser), 2))) < size:
-        return
-    plain = {variant: forward(denoiser, case.inputs(variant)) for variant in case.variants}
+    variants = tuple(dict.fromkeys((case.variants[0], case.variants[-1])))
+    plain = {variant: forward(denoiser, case.inputs(variant)) for variant in variants}
     before = dict(denoiser.named_modules())
     undo = apply_stages(denoiser, row_for(denoiser), stages(size), hold)
-    for variant in (*case.variants, *case.variants):
+    for variant in (*variants, *variants):
         assert are_equal(forward(denoiser, case.inputs(variant)), plain[variant]), variant
     undo.run()
     assert dict(denoiser.named_modules()) == before
     assert all("forward" not in vars(module) for module in denoiser.modules())
     assert not denoiser._forward_hooks and not denoiser._forward_pre_hooks
-    assert are_equal(forward(denoiser, case.inputs(case.variants[0])), plain[case.variants[0]])
+    assert not any(callable(value) for value in vars(denoiser).values())
+    assert are_equal(forward(denoiser, case.inputs(variants[0])), plain[variants[0]])
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize(("name", "size"), [*((name, 2) for name in NAMES), *((name, 3) for name in MAIN)])
 def test_every_class_with_a_row_in_stages(name: str, size: int) -> None:
     run_ranks(size, run_case, name, size)
 
@@ -138,7 +139,7 @@ def run_with_sequence(name: str) -> None:
     assert are_equal(forward(denoiser, case.inputs(variant)), whole)
 
 
-@pytest.mark.parametrize("name", ["flux", "wan", "sd3", "z_image", "ltx2"])
+@pytest.mark.parametrize("name", ["flux", "wan", "ltx2"])
 def test_stages_whose_streams_are_cut(name: str) -> None:
     run_ranks(4, run_with_sequence, name)
 
@@ -221,7 +222,7 @@ def run_pipeline(name: str, size: int) -> None:
     assert are_equal(list(zoo.tensors(zoo.run(pipe, name))), plain)
 
 
-@pytest.mark.parametrize(("name", "size"), [("flux", 2), ("flux", 3), ("wan22", 2), ("wan22", 4)])
+@pytest.mark.parametrize(("name", "size"), [("flux", 3), ("wan22", 2)])
 def test_whole_pipelines(name: str, size: int) -> None:
     run_ranks(size, run_pipeline, name, size)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import socket
@@ -11,6 +12,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
+
+from penstock.distributed.watch import Watch
+from penstock.errors import GenerationError
 
 PREAMBLE = """
 import os, signal, sys, time
@@ -41,7 +46,7 @@ class Ended:
     """How a rank ended: its exit code, what it wrote, and how many seconds after all had met."""
 
     def __init__(self, process: subprocess.Popen[str], met: Path) -> None:
-        self.out, self.err = process.communicate(timeout=60)
+        self.out, self.err = process.communicate(timeout=240)  # torch alone takes a minute where much runs
         assert met.exists(), self.err
         self.code, self.elapsed_s = process.returncode, time.time() - met.stat().st_mtime
 
@@ -244,6 +249,122 @@ say("done")
         num_ranks=3,
     )
     assert [(rank.code, rank.out, rank.err) for rank in ranks] == [(0, "done\n", "")] * 3
+
+
+def test_calls_are_counted_for_each_group(tmp_path: Path) -> None:
+    """Rank 0 has made more calls than rank 1 when they meet: who fails then is to blame all the same."""
+    ranks = run(
+        QUICK
+        + """
+pairs = dist.new_group([0, 2])
+for call in range(3):
+    if rank != 1:
+        watch.attend((0, 2))
+        with watch:
+            dist.barrier(pairs)
+watch.attend(range(world_size))
+try:
+    with watch:
+        exchange()
+        if rank == 1:
+            raise ValueError("only here")
+        exchange()
+except ValueError:
+    time.sleep(6)
+    say("lives")
+""",
+        tmp_path,
+        num_ranks=3,
+    )
+    assert ranks[1].out == "lives\n"
+    for rank in (ranks[0], ranks[2]):
+        assert rank.code == 1 and "rank 1 failed, and this one waited" in rank.err and rank.elapsed_s < 6
+
+
+def test_rank_that_failed_once_and_has_made_calls_since_may_be_late(tmp_path: Path) -> None:
+    ranks = run(
+        QUICK
+        + """
+try:
+    with watch:
+        exchange()
+        if rank == 1:
+            raise ValueError("after the last exchange")
+except ValueError:
+    pass
+with watch:
+    exchange()
+time.sleep(1.5 * rank)
+with watch:
+    say(exchange())
+""",
+        tmp_path,
+    )
+    assert [(rank.code, rank.out) for rank in ranks] == [(0, "2\n"), (0, "2\n")]
+
+
+def test_watch_of_other_ranks_inside_a_call_is_that_of_the_call(tmp_path: Path) -> None:
+    ranks = run(
+        """
+assert current_watch((rank,)) is None
+with current_watch():
+    with current_watch((0, 1)):
+        exchange()
+    if rank == 2:
+        sys.exit("only here")
+    exchange()
+""",
+        tmp_path,
+        num_ranks=3,
+    )
+    assert ranks[2].code == 1 and "only here" in ranks[2].err
+    for rank in ranks[:2]:
+        assert rank.code == 1 and "SystemExit: only here" in rank.err and rank.elapsed_s < 10
+
+
+class Board:
+    """A board that loses its store, and gets it back."""
+
+    is_lost = True
+
+    def place(self, rank: int, place: object) -> None:
+        if self.is_lost:
+            raise RuntimeError("broken pipe")
+
+
+def test_entering_that_fails_is_no_entering(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True, wait_for_workers=False)
+    watch = Watch(store, 0, 2)
+    board = Board()
+    real = watch._board
+    monkeypatch.setattr(watch, "_board", board)
+    try:
+        with pytest.raises(GenerationError, match="rank 0 is gone"):
+            watch.__enter__()
+        assert not watch._inside.is_set()
+        board.is_lost = False
+        with watch:
+            assert watch._inside.is_set()
+    finally:
+        monkeypatch.setattr(watch, "_board", real)
+        atexit.unregister(watch._end)
+        watch._end()
+
+
+def test_end_is_quick(tmp_path: Path) -> None:
+    """Rank 0 leaves as soon as the others have left, and nobody waits for the thread that looks."""
+    script = """
+with current_watch():
+    exchange()
+dist.destroy_process_group()
+import atexit
+begun_s = time.monotonic()
+atexit._run_exitfuncs()
+say(time.monotonic() - begun_s)
+os._exit(0)
+"""
+    for rank in run(script, tmp_path, num_ranks=3):
+        assert float(rank.out) < 1, rank.err
 
 
 def test_without_the_watch_the_rank_would_wait(tmp_path: Path) -> None:

@@ -15,10 +15,17 @@ from diffusers.utils.outputs import BaseOutput
 
 import penstock
 from penstock import ConfigError, GenerationRequest
+from penstock.config import ParallelConfig
+from penstock.distributed.mesh import build_mesh
+from penstock.distributed.stages import apply_stages
 from penstock.engine.parity import Verification, compare, damaged_weight, record
+from penstock.models.rows.table import row_of
 from tests import zoo
 from tests.models.toys import Decoder
+from tests.ranks import run_ranks
 
+STAGES = ParallelConfig(pipeline_parallel_size=2)
+REQUEST_OF_RANKS = GenerationRequest(prompt="red", width=32, height=32, num_inference_steps=2)
 REQUEST = GenerationRequest(prompt="red", width=56, height=40, num_inference_steps=2)
 
 
@@ -114,6 +121,45 @@ def test_verify_passes_and_the_control_is_noticed(zoo_folder: Callable[[str], Pa
     assert all(difference.relative > 1e-3 for difference in verification.control)
     told = json.loads(verification.to_json())
     assert told["passed"] is True and told["differences"][0]["is_equal"] is True
+
+
+def verified(folder: Path, degrees: dict[str, int]) -> str:
+    """The whole verification on one rank, with its control."""
+    verification = penstock.verify(folder, REQUEST_OF_RANKS, parallel=ParallelConfig(**degrees), device="cpu")
+    assert verification.is_same, verification.differences
+    assert verification.is_sensitive, verification.control
+    return str((verification.differences, verification.control))
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "degrees"),
+    [
+        ("wan21", 2, {"pipeline_parallel_size": 2}),
+        ("qwen_image", 2, {"pipeline_parallel_size": 2}),
+        ("wan21", 2, {"cfg_parallel_size": 2}),
+        ("qwen_image", 4, {"tensor_parallel_size": 2, "ulysses_degree": 2}),
+    ],
+    ids=str,
+)
+def test_ranks_verify_together_and_agree(
+    zoo_folder: Callable[[str], Path], name: str, size: int, degrees: dict[str, int]
+) -> None:
+    told = run_ranks(size, verified, zoo_folder(name), degrees)
+    assert len(set(told)) == 1
+
+
+def stages_damaged() -> str:
+    """The name of the weight that this stage damages."""
+    pipeline = zoo.build("wan21")
+    apply_stages(pipeline.transformer, row_of(pipeline.transformer), build_mesh(STAGES, "cpu")["pipeline"])
+    with damaged_weight(pipeline) as name:
+        return name
+
+
+def test_each_stage_damages_a_block_of_its_own() -> None:
+    first, second = run_ranks(2, stages_damaged)
+    assert first.startswith("transformer.blocks.0.")
+    assert second.startswith("transformer.blocks.") and not second.startswith("transformer.blocks.0.")
 
 
 def test_verify_fails_what_differs(zoo_folder: Callable[[str], Path]) -> None:

@@ -10,40 +10,18 @@ import pytest
 import torch
 
 import penstock
-from penstock.config import LoadConfig, OffloadConfig, ParallelConfig
+from penstock.config import LoadConfig, ParallelConfig
 from penstock.distributed import parallel_state
-from penstock.distributed.environment import RankEnvironment
 from penstock.engine import splits
 from penstock.engine.build import prepare
-from penstock.engine.splits import check_splits, join_ranks
+from penstock.engine.splits import check_splits
 from penstock.errors import ConfigError
+from penstock.undo import Undo
 from tests import zoo
 from tests.distributed.sequences import difference
 from tests.ranks import run_ranks
 
-CPU = OffloadConfig(device="cpu")
 TOLERANCE = 1e-4
-
-
-def test_one_process_is_alone() -> None:
-    device, mesh = join_ranks(CPU, None)
-    assert (device.type, mesh["world"].size) == ("cpu", 1)
-    assert join_ranks(CPU, ParallelConfig())[1]["world"].size == 1
-
-
-def test_ranks_that_nobody_started_are_refused_with_the_way_to_start_them() -> None:
-    with pytest.raises(ConfigError, match="torchrun --nproc-per-node 4"):
-        join_ranks(CPU, ParallelConfig(ulysses_degree=4))
-
-
-def test_ranks_that_a_launcher_started_must_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    environment = RankEnvironment(0, 4, 0, 4, "127.0.0.1", 29500)
-    monkeypatch.setattr(splits, "read_environment", lambda: environment)
-    with pytest.raises(ConfigError, match=r"ring\(2\) = 2 is not world_size\(4\).*--data-parallel-size 2"):
-        join_ranks(CPU, ParallelConfig(ring_degree=2))
-    with pytest.raises(ConfigError, match=r"nothing split \(1\) = 1 is not world_size\(4\)"):
-        join_ranks(CPU, ParallelConfig())
-    assert join_ranks(CPU, None)[1]["world"].size == 1  # a program that uses its ranks for itself
 
 
 @pytest.mark.parametrize(
@@ -138,3 +116,60 @@ def different_arguments() -> str:
 def test_a_refused_call_leaves_a_pipeline_that_works_and_draws_alike() -> None:
     first, second = run_ranks(2, different_arguments)
     assert first == second
+
+
+def share_a_denoiser() -> str:
+    one, other = zoo.build("wan21"), zoo.build("wan21")
+    other.transformer = one.transformer
+    parallel = ParallelConfig(cfg_parallel_size=2)
+    first = penstock.apply(one, device="cpu", offload="none", parallel=parallel)
+    with pytest.raises(ConfigError) as caught:
+        penstock.apply(other, device="cpu", offload="none", parallel=parallel)
+    first.remove()
+    penstock.apply(other, device="cpu", offload="none", parallel=parallel).remove()
+    assert type(one.transformer).__name__ == "WanTransformer3DModel" and "__call__" not in vars(type(one.transformer))
+    return str(caught.value)
+
+
+def test_a_denoiser_is_split_once() -> None:
+    for said in run_ranks(2, share_a_denoiser):
+        assert said.startswith("transformer is placed already, as part of another WanPipeline.")
+
+
+def fail_half_way() -> bool:
+    pipeline = zoo.build("wan21")
+    parallel = ParallelConfig(ulysses_degree=2)
+    calls = splits.apply_together
+
+    def fail(*_: Any) -> Undo:
+        raise ConfigError("it cannot be.")
+
+    splits.apply_together = fail
+    try:
+        with pytest.raises(ConfigError, match="it cannot be"):
+            penstock.apply(pipeline, device="cpu", offload="none", parallel=parallel)
+    finally:
+        splits.apply_together = calls
+    assert penstock.placed_on(pipeline) is None
+    assert not parallel_state.model_parallel_is_initialized()
+    hooks = [module._forward_hooks or module._forward_pre_hooks for module in pipeline.transformer.modules()]
+    assert not any(hooks)
+    penstock.apply(pipeline, device="cpu", offload="none", parallel=parallel).remove()
+    return True
+
+
+def test_what_fails_half_way_leaves_nothing() -> None:
+    assert run_ranks(2, fail_half_way) == [True, True]
+
+
+def share_the_mesh_in_use() -> None:
+    one, other = zoo.build("wan21"), zoo.build("flux")
+    first = penstock.apply(one, device="cpu", offload="none", parallel=ParallelConfig(ulysses_degree=2))
+    second = penstock.apply(other, device="cpu", offload="none", parallel=ParallelConfig(ring_degree=2))
+    first.remove()
+    assert parallel_state.get_mesh() is second.mesh
+    second.remove()
+
+
+def test_removing_one_pipeline_leaves_the_mesh_of_another() -> None:
+    run_ranks(2, share_the_mesh_in_use)

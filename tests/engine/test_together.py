@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import random
+from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
+from diffusers.callbacks import SDCFGCutoffCallback
+from PIL import Image
 
 import penstock
 from penstock.config import ParallelConfig
+from penstock.distributed import parallel_state
+from penstock.distributed.guidance.calls import apply_guidance
 from penstock.distributed.mesh import Mesh, alone, build_mesh
 from penstock.engine.together import apply_together
 from penstock.errors import RequestError
@@ -31,6 +38,14 @@ class Dice:
             float(np.random.rand()),
             float(torch.rand((), generator=generator)),
         ]
+
+
+class Taker:
+    """Takes anything, and returns it."""
+
+    def __call__(self, **kwargs: Any) -> dict[str, Any]:
+        """Return what is given."""
+        return kwargs
 
 
 def pair() -> Mesh:
@@ -78,24 +93,96 @@ def test_ranks_that_are_asked_for_different_things_all_refuse() -> None:
         assert f"this is rank {rank}: prompt" in text
 
 
+MAKERS: dict[str, Callable[[int], Any]] = {
+    "latents": lambda seed: torch.randn(2, 3, generator=torch.Generator().manual_seed(seed)),
+    "array": lambda seed: np.full((2, 3), seed),
+    "image": lambda seed: Image.new("RGB", (4, 4), (seed, 0, 0)),
+    "nested": lambda seed: {"pictures": [Image.new("L", (4, 4), seed)], "scale": 1.0},
+    "key": lambda seed: {f"layer_{seed}": None},
+    "nesting": lambda seed: [[1], [2, 3]] if seed else [[1, 2], [3]],
+    "kind": lambda seed: Dice() if seed else object(),
+}
+
+
+def called_with(kind: str) -> tuple[str | None, str | None]:
+    """What a call says to contents that differ between ranks, and to equal ones."""
+    mesh = pair()
+    told: list[str | None] = []
+    taker = Taker()
+    undo = apply_together(taker, mesh)
+    for seed in (mesh["world"].rank, 5):
+        try:
+            taker(**{kind: MAKERS[kind](seed)})
+            told.append(None)
+        except RequestError as error:
+            told.append(str(error))
+    undo.run()
+    return told[0], told[1]
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_contents_that_differ_are_refused_on_all_ranks_and_equal_ones_are_not(kind: str) -> None:
+    for rank, (different, equal) in enumerate(run_ranks(2, called_with, kind)):
+        assert different is not None and f"(this is rank {rank}: {kind})" in different
+        assert equal is None
+
+
+def test_devices_may_differ() -> None:
+    assert run_ranks(2, with_device) == ["meta", "cpu"]
+
+
+def with_device() -> str:
+    mesh = pair()
+    taker = Taker()
+    undo = apply_together(taker, mesh)
+    device = torch.device(("meta", "cpu")[mesh["world"].rank])
+    assert taker(device=device)["device"] is device
+    undo.run()
+    return device.type
+
+
 def test_alone_nothing_is_changed() -> None:
     dice = Dice()
     apply_together(dice, alone()).run()
     assert type(dice) is Dice
 
 
-def look_at_every_step() -> list[float]:
-    """Each rank reads the latents of every second step alone, and gets latents back."""
+class Looker:
+    """Reads the latents of every second step on each rank alone."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+        self.seen: list[float] = []
+
+    def look(self, pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        """As the pipelines of today call it."""
+        self.look_at_latents(step, timestep, tensors["latents"])
+        return tensors
+
+    def look_at_latents(self, step: int, timestep: Any, latents: torch.Tensor) -> None:
+        """As the older ones do."""
+        if step % 2 == self.rank:
+            assert type(latents) is torch.Tensor
+            self.seen.append(float(latents.double().sum()))
+
+    __call__ = look
+
+
+def callback_of(kind: str, looker: Looker) -> Any:
+    """The same in each way that Python has of being called."""
+    if kind == "function":
+        return lambda *args: looker.look(*args)
+    if kind == "partial":
+        return functools.partial(Looker.look, looker)
+    return looker.look if kind == "method" else looker
+
+
+def look_at_every_step(kind: str) -> list[float]:
     pipeline = zoo.build("wan21")
     config = ParallelConfig(cfg_parallel_size=2)
     placed = penstock.apply(pipeline, device="cpu", offload="none", parallel=config)
-    seen = []
-
-    def look(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        if step % 2 == placed.mesh["world"].rank:
-            seen.append(float(tensors["latents"].double().sum()))
-        return tensors
-
+    looker = Looker(placed.mesh["world"].rank)
+    seen, look = looker.seen, callback_of(kind, looker)
     output = zoo.run(pipeline, "wan21", num_inference_steps=4, output_type="latent", callback_on_step_end=look)
     seen.append(float(zoo.tensors(output)[0].double().sum()))
     assert all(type(tensor) is torch.Tensor for tensor in zoo.tensors(output))
@@ -103,7 +190,109 @@ def look_at_every_step() -> list[float]:
     return seen
 
 
-def test_a_callback_may_look_at_tensors_on_one_rank_alone() -> None:
-    first, second = run_ranks(2, look_at_every_step)
+@pytest.mark.parametrize("kind", ["function", "method", "partial", "object"])
+def test_a_callback_may_look_at_tensors_on_one_rank_alone(kind: str) -> None:
+    first, second = run_ranks(2, look_at_every_step, kind, timeout_s=30)
     assert len(first) == len(second) == 3
     assert first[-1] == second[-1] == second[-2]
+
+
+class Older:
+    """A pipeline that makes two predictions and shows their difference, as those of `callback` do."""
+
+    def __init__(self) -> None:
+        self.transformer = torch.nn.Linear(3, 3, bias=False)
+        torch.nn.init.eye_(self.transformer.weight)
+
+    def __call__(self, callback: Callable[..., None]) -> Any:
+        """Run."""
+        for step in range(3):
+            sample = torch.full((1, 3), step + 1.0)
+            prediction = self.transformer(sample)  # the other rank's, in every second step
+            callback(step, torch.tensor(step), prediction)
+        return prediction
+
+
+def look_with_the_older_callback() -> list[float]:
+    mesh = build_mesh(ParallelConfig(cfg_parallel_size=2), "cpu")
+    pipeline = Older()
+    looker = Looker(mesh["world"].rank)
+    apply_guidance(pipeline.transformer, mesh["cfg"])
+    apply_together(pipeline, mesh)
+    with torch.no_grad():
+        pipeline(callback=looker.look_at_latents)
+    return looker.seen
+
+
+def test_the_older_callback_too() -> None:
+    assert run_ranks(2, look_with_the_older_callback, timeout_s=30) == [[3.0, 9.0], [6.0]]
+
+
+def cutting_callback() -> list[float]:
+    """One of diffusers' own is known by its class, which says what tensors it takes."""
+    pipeline = zoo.build("sd15")
+    placed = penstock.apply(pipeline, device="cpu", offload="none", parallel=ParallelConfig(cfg_parallel_size=2))
+    callback = SDCFGCutoffCallback(cutoff_step_ratio=0.5)
+    output = zoo.run(pipeline, "sd15", num_inference_steps=4, callback_on_step_end=callback)
+    placed.remove()
+    plain = zoo.run(pipeline, "sd15", num_inference_steps=4, callback_on_step_end=callback)
+    whole = zoo.run(pipeline, "sd15", num_inference_steps=4)
+    return [float((zoo.tensors(output)[0] - zoo.tensors(other)[0]).abs().max()) for other in (plain, whole)]
+
+
+def test_callbacks_of_diffusers_keep_their_class() -> None:
+    for far, further in run_ranks(2, cutting_callback):
+        assert far < 1e-5 < further
+
+
+def meshes_seen() -> list[bool]:
+    ours, others = pair(), build_mesh(ParallelConfig(ring_degree=2), "cpu")
+    seen = []
+
+    class Asks:
+        def __call__(self) -> None:
+            seen.append(parallel_state.get_mesh())
+
+    pipelines = Asks(), Asks()
+    undos = [apply_together(one, mesh) for one, mesh in zip(pipelines, (ours, others), strict=True)]
+    pipelines[0]()
+    pipelines[1]()
+    undos[1].run()
+    pipelines[0]()
+    undos[0].run()
+    return [mesh is wanted for mesh, wanted in zip(seen, (ours, others, ours), strict=True)]
+
+
+def test_in_its_call_each_pipeline_has_its_own_mesh() -> None:
+    assert run_ranks(2, meshes_seen) == [[True] * 3] * 2
+
+
+def another_pipeline() -> tuple[float, float]:
+    """A second pipeline with the same denoiser, of which only one rank makes a picture; then all, the first."""
+    pipeline = zoo.build("wan21")
+    plain = zoo.tensors(zoo.run(pipeline, "wan21", seed=3))[0]
+    placed = penstock.apply(pipeline, device="cpu", offload="none", parallel=ParallelConfig(cfg_parallel_size=2))
+    second = type(zoo.build("wan21"))(**pipeline.components)
+    tensors = zoo.tensors(zoo.run(second, "wan21", seed=3)) if placed.mesh["world"].rank else [plain]
+    last = zoo.tensors(zoo.run(pipeline, "wan21", seed=3))[0]
+    placed.remove()
+    return float((tensors[0] - plain).abs().max()), float((last - plain).abs().max())
+
+
+def test_another_pipeline_with_the_same_denoiser_runs_on_one_rank_alone() -> None:
+    assert run_ranks(2, another_pipeline, timeout_s=40) == [(0.0, 0.0)] * 2
+
+
+def test_ranks_on_the_cpu_leave_cuda_alone() -> None:
+    assert run_ranks(2, throw_beside_cuda) == [None, None]
+
+
+def throw_beside_cuda() -> None:
+    dice = Dice()
+    undo = apply_together(dice, pair())
+    with (
+        patch.object(torch.cuda, "is_available", return_value=True),
+        patch.object(torch.cuda, "get_rng_state", side_effect=AssertionError("makes a context")),
+    ):
+        dice()
+    undo.run()

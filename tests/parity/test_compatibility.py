@@ -16,11 +16,11 @@ import torch
 import penstock
 from penstock.config import ParallelConfig
 from penstock.errors import ConfigError
+from penstock.models.rows.refused import REFUSED
 from tests import zoo
-from tests.distributed.sequences import difference
+from tests.distributed.sequences import CASES, difference
 from tests.parity.combinations import HEADS, STREAMED, Guided
 from tests.ranks import RankError, run_ranks
-from tests.zoo.denoisers import CASES
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "compatibility.md"
 TOLERANCE = 1e-4
@@ -129,15 +129,29 @@ def denoisers_table() -> list[str]:
         rows[owner] = [a or b for a, b in zip(found, rows.get(owner, found), strict=True)]
     assert not failures, "\n\n".join(failures)
     lines = ["| denoiser | " + " | ".join(OF_DENOISERS) + " |", "|---" * (len(OF_DENOISERS) + 1) + "|"]
-    reasons = []
+    reasons: dict[tuple[str, str], list[str]] = {}
     for owner in sorted(rows):
         words = []
         for feature, refusal in zip(OF_DENOISERS, rows[owner], strict=True):
             words.append("no" if refusal else "yes")
             if refusal:
-                reasons.append(f"- `{owner}`, {feature}: {refusal}")
+                reasons.setdefault((feature, refusal.replace(owner, "it")), []).append(f"`{owner}`")
         lines.append(f"| {owner} | " + " | ".join(words) + " |")
-    return [*lines, "", "### Why not", "", *reasons]
+    listed = [f"- {feature}: {', '.join(owners)}: {reason}" for (feature, reason), owners in sorted(reasons.items())]
+    return [
+        *lines,
+        "",
+        "### Why not",
+        "",
+        "What these tiny models are refused, in the words of the error.",
+        "",
+        *listed,
+    ]
+
+
+def refused_table() -> list[str]:
+    lines = ["| class | why its tokens are not split |", "|---|---|"]
+    return [*lines, *(f"| {owner} | {reason} |" for owner, reason in sorted(REFUSED.items()))]
 
 
 def test_the_page_says_what_the_tests_found() -> None:
@@ -160,6 +174,12 @@ def test_the_page_says_what_the_tests_found() -> None:
             "Tiny models of the stock classes, two steps with two calls of guidance each, on two ranks.",
             "",
             *denoisers_table(),
+            "",
+            "### Never",
+            "",
+            "Ulysses and Ring are refused for these classes; CFG, streaming and the VAE's tiles are not.",
+            "",
+            *refused_table(),
             "",
         ]
     )

@@ -50,17 +50,37 @@ def generate(
     asked = request.request(prompt)
     check_replicas(parallel, asked.num_images)
     place = take_place(parallel)
-    trace, plot = drawings.trace, drawings.plot
+    from penstock.engine.build import prepare
+
+    begun_s = time.perf_counter()
+    with place.joined(load):
+        prepared = prepare(model, load, parallel)
+        target = check(prepared, asked, out)
+        check_drawings(prepared, drawings.trace, drawings.plot)
+        story = Story(effective(prepared), notes_on(prepared, asked))
+        make(prepared, asked, target, drawings, place, story, begun_s, as_json)
+        if place.speaks and not as_json:
+            for note in story.notes:
+                typer.echo(f"note: {note}", err=True)
+
+
+def make(
+    prepared: Prepared,
+    asked: GenerationRequest,
+    target: Path,
+    drawings: DrawingOptions,
+    place: Place,
+    story: Story,
+    begun_s: float,
+    as_json: bool,
+) -> None:
+    """Load, make the pictures of this rank's replica, write them, and tell of those of all."""
     from penstock.cli.progress import Bars
-    from penstock.engine.build import fill, prepare
+    from penstock.engine.build import fill
     from penstock.engine.generate import generate as run
     from penstock.media.files import save
 
-    begun_s = time.perf_counter()
-    prepared = prepare(model, load, parallel)
-    target = check(prepared, asked, out)
-    check_drawings(prepared, trace, plot)
-    story = Story(effective(prepared), notes_on(prepared, asked))
+    trace, plot = drawings.trace, drawings.plot
     try:
         with Bars(asked.num_images, is_silent=not place.speaks) as bars, interruptible() as check_interrupt:
             pipeline = fill(prepared, bars.loading, trace=place.speaks and bool(trace or plot))
@@ -82,10 +102,6 @@ def generate(
     finally:
         if as_json and place.speaks and story.outputs:
             typer.echo(story.to_json(is_complete=len(story.outputs) == asked.num_images))
-    if place.speaks and not as_json:
-        for note in story.notes:
-            typer.echo(f"note: {note}", err=True)
-    place.leave()
 
 
 class Story:

@@ -5,14 +5,18 @@ Owns which rank speaks and writes, and which pictures it makes. Does not know ho
 
 from __future__ import annotations
 
+import atexit
+import gc
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import typer
 
-from penstock.config import ParallelConfig
-from penstock.distributed.environment import read_environment, stop
+from penstock.config import OffloadConfig, ParallelConfig
+from penstock.distributed.environment import read_environment, start, stop
 from penstock.errors import ConfigError
 
 
@@ -56,10 +60,30 @@ class Place:
         dist.all_gather_object(values, value)
         return values
 
-    def leave(self) -> None:
-        """Part from the other ranks, once all is done; after a failure there is nothing to part from in order."""
-        if self.num_ranks > 1:
-            stop()
+    @contextmanager
+    def joined(self, config: OffloadConfig) -> Iterator[None]:
+        """Inside, this rank has joined the others, and none waits for one that has failed; nothing on one rank.
+
+        They part once all is done; after a failure there is nothing to part from in order.
+
+        Args:
+            config: names the device.
+
+        Raises:
+            ConfigError: for a device that this machine has not, and where the others do not come.
+            GenerationError: on leaving, where another rank's failure made this one fail.
+        """
+        environment = read_environment() if self.num_ranks > 1 else None
+        if environment is None:
+            yield
+            return
+        from penstock.distributed.watch import current_watch
+        from penstock.engine.placement import choose_device
+
+        start(environment, choose_device(config))
+        with current_watch() or nullcontext():
+            yield
+        stop()
 
 
 def take_place(parallel: ParallelConfig) -> Place:
@@ -71,6 +95,7 @@ def take_place(parallel: ParallelConfig) -> Place:
     """
     environment = read_environment()
     if environment is not None:
+        atexit.register(gc.freeze)  # else Python looks at all of torch's objects once more: 1 s, and more under load
         num_replicas = parallel.data_parallel_size
         size = max(1, environment.world_size // num_replicas)
         return Place(

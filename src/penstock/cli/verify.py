@@ -52,16 +52,16 @@ def verify(
     place = take_place(parallel)
     from penstock.engine.parity import verify as run
 
-    verification = run(
-        model,
-        asked,
-        tolerance=limits.tolerance,
-        reference_dtype=limits.reference_dtype,
-        control=control,
-        parallel=parallel,
-        **asdict(load),
-    )
-    place.leave()
+    with place.joined(load):
+        verification = run(
+            model,
+            asked,
+            tolerance=limits.tolerance,
+            reference_dtype=limits.reference_dtype,
+            control=control,
+            parallel=parallel,
+            **asdict(load),
+        )
     if not place.speaks:
         return
     if as_json:

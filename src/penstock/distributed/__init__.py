@@ -10,32 +10,32 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from penstock.distributed.sequence_config import SequenceParallelConfig as SequenceParallelConfig
-    from penstock.distributed.sequence_plan import SequenceParallelInput as SequenceParallelInput
-    from penstock.distributed.sequence_plan import SequenceParallelModelPlan as SequenceParallelModelPlan
-    from penstock.distributed.sequence_plan import SequenceParallelOutput as SequenceParallelOutput
-    from penstock.distributed.sequence_plan import SequenceParallelPartialInput as SequenceParallelPartialInput
-    from penstock.distributed.sequence_plan import get_sp_plan_from_model as get_sp_plan_from_model
-    from penstock.distributed.sequence_plan import validate_sp_plan as validate_sp_plan
-    from penstock.distributed.sharding import ShardingValidator as ShardingValidator
-    from penstock.distributed.sharding import get_sharding_validator as get_sharding_validator
-    from penstock.distributed.sharding import sp_gather as sp_gather
-    from penstock.distributed.sharding import sp_shard as sp_shard
-    from penstock.distributed.sharding import sp_shard_with_padding as sp_shard_with_padding
+    from penstock.distributed.sequence.config import SequenceParallelConfig as SequenceParallelConfig
+    from penstock.distributed.sequence.plan import SequenceParallelInput as SequenceParallelInput
+    from penstock.distributed.sequence.plan import SequenceParallelModelPlan as SequenceParallelModelPlan
+    from penstock.distributed.sequence.plan import SequenceParallelOutput as SequenceParallelOutput
+    from penstock.distributed.sequence.plan import SequenceParallelPartialInput as SequenceParallelPartialInput
+    from penstock.distributed.sequence.plan import get_sp_plan_from_model as get_sp_plan_from_model
+    from penstock.distributed.sequence.plan import validate_sp_plan as validate_sp_plan
+    from penstock.distributed.sequence.sharding import ShardingValidator as ShardingValidator
+    from penstock.distributed.sequence.sharding import get_sharding_validator as get_sharding_validator
+    from penstock.distributed.sequence.sharding import sp_gather as sp_gather
+    from penstock.distributed.sequence.sharding import sp_shard as sp_shard
+    from penstock.distributed.sequence.sharding import sp_shard_with_padding as sp_shard_with_padding
 
 _HOMES = {
-    "SequenceParallelConfig": "sequence_config",
-    "SequenceParallelInput": "sequence_plan",
-    "SequenceParallelModelPlan": "sequence_plan",
-    "SequenceParallelOutput": "sequence_plan",
-    "SequenceParallelPartialInput": "sequence_plan",
-    "ShardingValidator": "sharding",
-    "get_sharding_validator": "sharding",
-    "get_sp_plan_from_model": "sequence_plan",
-    "sp_gather": "sharding",
-    "sp_shard": "sharding",
-    "sp_shard_with_padding": "sharding",
-    "validate_sp_plan": "sequence_plan",
+    "SequenceParallelConfig": "sequence.config",
+    "SequenceParallelInput": "sequence.plan",
+    "SequenceParallelModelPlan": "sequence.plan",
+    "SequenceParallelOutput": "sequence.plan",
+    "SequenceParallelPartialInput": "sequence.plan",
+    "ShardingValidator": "sequence.sharding",
+    "get_sharding_validator": "sequence.sharding",
+    "get_sp_plan_from_model": "sequence.plan",
+    "sp_gather": "sequence.sharding",
+    "sp_shard": "sequence.sharding",
+    "sp_shard_with_padding": "sequence.sharding",
+    "validate_sp_plan": "sequence.plan",
 }
 
 __all__ = [*_HOMES]

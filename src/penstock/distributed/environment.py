@@ -28,6 +28,7 @@ _OPEN_MPI = tuple(f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_
 _MPICH = ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")
 _LIST_ITEM = re.compile(r"((?:[^,\[]|\[[^\]]*\])+)(?:,|$)")
 _REPEATED = re.compile(r"(\d+)(?:\(x(\d+)\))?")
+_BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 _started = False
 
 
@@ -191,7 +192,7 @@ def _incomplete(environ: Mapping[str, str], needed: tuple[str, ...]) -> ConfigEr
 
 
 def start(environment: RankEnvironment, device: torch.device, timeout: timedelta = _TIMEOUT) -> None:
-    """Join the other ranks; groups that exist already, because the user made them, are left as they are.
+    """Take this rank's device and join the other ranks; a group that the user made already is joined as it is.
 
     Args:
         environment: who this process is.
@@ -200,7 +201,8 @@ def start(environment: RankEnvironment, device: torch.device, timeout: timedelta
         timeout: for the start, and for every exchange.
 
     Raises:
-        ConfigError: where this machine has fewer CUDA devices than ranks, or the others do not come.
+        ConfigError: where this machine has fewer CUDA devices than ranks, the others do not come, or the user's group
+            cannot exchange what is on the CPU and on the device.
 
     Cost: waits for all ranks.
     """
@@ -208,17 +210,18 @@ def start(environment: RankEnvironment, device: torch.device, timeout: timedelta
     import torch.distributed as dist
 
     global _started
-    if dist.is_initialized():
-        return
     own = None
     if device.type == "cuda":
         own = torch.device("cuda", _device_index(environment, torch.cuda.device_count()))
         torch.cuda.set_device(own)
+    if dist.is_initialized():
+        _require_backends({"cpu", device.type})
+        return
     host = f"[{environment.host}]" if ":" in environment.host else environment.host
     where = f"{host}:{environment.port}"
     try:
         dist.init_process_group(
-            "gloo" if own is None else "cpu:gloo,cuda:nccl",
+            _BACKENDS["cpu" if own is None else "cuda"],
             **_meeting(environment, where, timeout),
             rank=environment.rank,
             world_size=environment.world_size,
@@ -242,6 +245,20 @@ def _meeting(environment: RankEnvironment, where: str, timeout: timedelta) -> di
         return {"init_method": f"tcp://{where}"}
     host, port, size, is_first = environment.host, environment.port, environment.world_size, environment.rank == 0
     return {"store": TCPStore(host, port, size, is_first, timeout, master_listen_fd=inherited_listener())}
+
+
+def _require_backends(kinds: set[str]) -> None:
+    """Refuse a group that was made for other kinds of device; numbers and seeds are exchanged on the CPU."""
+    import torch.distributed as dist
+
+    backends = dist.get_backend_config()
+    lacking = kinds - {item.partition(":")[0] for item in backends.split(",")}
+    if lacking:
+        wanted = _BACKENDS["cuda" if "cuda" in kinds else "cpu"]
+        raise ConfigError(
+            f"the process group that exists has backends {backends}, and none for {', '.join(sorted(lacking))}: ranks "
+            f'exchange on {" and ".join(sorted(kinds))}. Make it with init_process_group("{wanted}").'
+        )
 
 
 def _device_index(environment: RankEnvironment, num_devices: int) -> int:

@@ -1,21 +1,36 @@
 """The mesh in use, and this process's place in it under the names that users of vLLM and xDiT know.
 
-Owns which mesh is in use: one per process, set by whoever splits a pipeline. Does not know how a mesh is built, or what
-its groups exchange.
+Owns which mesh is in use: during a call of a split pipeline that pipeline's, else the one that was set for the process.
+Does not know how a mesh is built, or what its groups exchange.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 from penstock.distributed.group import Group
 from penstock.distributed.mesh import Mesh
 
-_in_use: Mesh | None = None
+_of_process: Mesh | None = None
+_of_call: ContextVar[Mesh | None] = ContextVar("the mesh of the call under way", default=None)
 
 
 def set_mesh(mesh: Mesh | None) -> None:
-    """Put a mesh to use; None leaves none."""
-    global _in_use
-    _in_use = mesh
+    """Put a mesh to use wherever no call brings its own; None leaves none."""
+    global _of_process
+    _of_process = mesh
+
+
+@contextmanager
+def using(mesh: Mesh) -> Iterator[None]:
+    """A context in which a mesh is in use, whatever was set; for the thread that enters it."""
+    token = _of_call.set(mesh)
+    try:
+        yield
+    finally:
+        _of_call.reset(token)
 
 
 def get_mesh() -> Mesh:
@@ -24,17 +39,18 @@ def get_mesh() -> Mesh:
     Raises:
         RuntimeError: where there is none.
     """
-    if _in_use is None:
+    mesh = _of_call.get() or _of_process
+    if mesh is None:
         raise RuntimeError(
             "0 meshes are in use in this process: the parallel state is not initialised, so that no rank has a place. "
             "Split a pipeline first, or call set_mesh(build_mesh(config, device_type)) on every rank."
         )
-    return _in_use
+    return mesh
 
 
 def model_parallel_is_initialized() -> bool:
     """Whether a mesh is in use."""
-    return _in_use is not None
+    return (_of_call.get() or _of_process) is not None
 
 
 def get_world_group() -> Group:

@@ -26,7 +26,7 @@ Values = list[Tensor | None]
 HEAD_BYTES = 80
 """Bytes that are sent ahead of each stream."""
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.complex64, torch.int64, torch.bool)
+_DTYPES = tuple(sorted({dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}, key=str))
 _COLUMNS = HEAD_BYTES // torch.int64.itemsize  # dtype, number of dims, size of each
 _ABSENT = -1
 
@@ -97,11 +97,12 @@ class Relay:
                 continue
             if is_source:
                 assert stream is not None
-                self.group.broadcast(stream.detach().contiguous(), source)
+                self.group.broadcast(_content(stream), source)
                 spread.append(stream)
             else:
                 made = torch.empty(sizes[:num_dims], dtype=_DTYPES[dtype], device=head.device)
-                spread.append(self.group.broadcast(made, source))
+                self.group.broadcast(_content(made), source)
+                spread.append(made)
         return spread
 
     def _send(self, streams: Values, stage: int) -> None:
@@ -109,7 +110,7 @@ class Relay:
         self.group.send(_head(streams).to(_device(streams)), stage).wait()
         for stream in streams:
             if stream is not None:
-                self.group.send(stream.detach().contiguous(), stage).wait()
+                self.group.send(_content(stream), stage).wait()
 
     def _receive(self, source: int, num_streams: int, device: torch.device) -> Values:
         head = torch.empty(num_streams, _COLUMNS, dtype=torch.int64, device=device)
@@ -120,7 +121,7 @@ class Relay:
                 streams.append(None)
                 continue
             stream = torch.empty(sizes[:num_dims], dtype=_DTYPES[dtype], device=device)
-            self.group.receive(stream, source).wait()
+            self.group.receive(_content(stream), source).wait()
             streams.append(stream)
         return streams
 
@@ -206,6 +207,11 @@ def _head(streams: Values) -> Tensor:
             described = [_DTYPES.index(stream.dtype), stream.ndim, *stream.shape]
             row[: len(described)] = torch.tensor(described)
     return head
+
+
+def _content(stream: Tensor) -> Tensor:
+    """A stream's bytes, which every backend can send; of a contiguous one a view."""
+    return stream.detach().contiguous().view(-1).view(torch.uint8)
 
 
 def _device(streams: Values) -> torch.device:

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from penstock.distributed.group import Group
+from penstock.errors import ModelError
 from penstock.undo import Undo
 
 IsMapped = Callable[[Tensor], bool]
@@ -74,30 +77,47 @@ class Slicing:
         return join(slices, self.dim, self.parts)
 
 
-def keep_slice(module: nn.Module, name: str, slicing: Slicing, is_mapped: IsMapped, undo: Undo) -> None:
+@dataclass
+class Surgery:
+    """A model that is being cut.
+
+    Attributes:
+        group: the ranks that share it.
+        undo: to which each change adds its way back, before it is made.
+        is_mapped: gives the same answer on all ranks.
+        is_over: nothing went wrong, so that all ranks come to the undo together.
+    """
+
+    group: Group
+    undo: Undo
+    is_mapped: IsMapped = lambda weight: False
+    is_over: bool = False
+
+
+def keep_slice(module: nn.Module, name: str, slicing: Slicing, surgery: Surgery) -> None:
     """Leave this rank's slice in a Parameter, which stays the same object; the undo makes it whole.
 
     A weight of a mapped file is kept for the undo, and its slice is a view of it where it is one contiguous run. Any
-    other is let go: its slice is a copy, and the undo gathers it from all ranks.
+    other is let go: its slice is a copy, and the undo gathers it from all ranks. Where the surgery is not over the
+    others may not be there: nothing is sent, and the module says that it is a part when it is run.
 
     Args:
         module: whose Parameter it is.
         name: of the Parameter in it.
         slicing: how it is cut.
-        is_mapped: gives the same answer on all ranks.
-        undo: to which the way back is added.
+        surgery: of which this is a part.
 
     Cost: bytes of one slice where it is a copy; the undo receives (size - 1) of them where nothing was kept.
     """
     weight = module._parameters[name]
     assert weight is not None
     whole, part = weight.data, slicing.cut(weight.data)
-    if is_mapped(whole) and not whole.is_meta:  # those without memory may get some later
-        undo.add(lambda: _put_back(module, name, weight, whole))
+    if surgery.is_mapped(whole) and not whole.is_meta:  # those without memory may get some later
+        surgery.undo.add(lambda: _put_back(module, name, weight, whole))
     else:
         is_view = part.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
         part = part.clone() if is_view else part
-        undo.add(lambda: _gather(module, name, slicing))
+        surgery.undo.add(lambda: _gather(module, name, slicing, surgery))
     weight.data = part
 
 
@@ -107,7 +127,18 @@ def _put_back(module: nn.Module, name: str, weight: nn.Parameter, whole: Tensor)
     module._parameters[name] = weight
 
 
-def _gather(module: nn.Module, name: str, slicing: Slicing) -> None:
+def _gather(module: nn.Module, name: str, slicing: Slicing, surgery: Surgery) -> None:
     weight = module._parameters[name]
-    if weight is not None and not slicing.is_whole(weight):  # else interrupted after it was gathered
+    if weight is None or slicing.is_whole(weight):  # interrupted before it was cut, or after it was gathered
+        return
+    if surgery.is_over or weight.is_meta:
         weight.data = slicing.gather(weight.data)
+    else:
+        vars(module)["forward"] = partial(_refuse, type(module).__name__, name, slicing)
+
+
+def _refuse(kind: str, name: str, slicing: Slicing, *_: Any, **__: Any) -> NoReturn:
+    raise ModelError(
+        f"a {kind} has 1/{slicing.group.size} of its {name}: cutting the model for {slicing.group.size} ranks failed "
+        "half-way, and what was let go by then is on no single rank. Load the pipeline again."
+    )

@@ -22,18 +22,14 @@ from torch import Tensor, nn
 
 from penstock.distributed.group import Group
 from penstock.distributed.relay import Gate, Relay, carriers
+from penstock.distributed.whole import refuse_while_split
 from penstock.errors import ConfigError, GenerationError, ModelError
 from penstock.models.rows.row import Layout, Row, StackRow
+from penstock.models.rows.staged import ENTANGLED
 from penstock.models.rows.table import blocks_of
 from penstock.undo import Undo
 
 _OFF = "Use pipeline_parallel_size=1"
-_ENTANGLED = {
-    "HunyuanDiT2DModel": "its later blocks take what the first ones returned (`skip`), wherever these are",
-    "DiTTransformer2DModel": "its forward computes with weights of its first block",
-    "AceStepTransformer1DModel": "its forward looks into its first block to choose a mask",
-}
-"""Classes whose own code reaches past what blocks hand to each other."""
 
 
 @dataclass(frozen=True)
@@ -104,29 +100,30 @@ def apply_stages(
     Cost: for each forward, what a stage's first block takes goes from rank to rank, and what the last block returns
     from one rank to all. One stage computes at a time.
     """
-    undo = Undo()
     if group.size == 1:
-        return undo
+        return Undo()
     runs = _deal(denoiser, row, group.size)
     relay = Relay(group)
-    for stage, run in enumerate(runs):
-        for block in run:
-            gate = Gate(relay, stage, block.stack, block.module, is_last=block is runs[-1][-1])
-            if stage == group.rank:
-                _guide(block.module, gate, undo)
-            else:
+    with Undo() as undo, Undo() as failing:
+        for stage, run in enumerate(runs):
+            for block in run:
+                gate = Gate(relay, stage, block.stack, block.module, is_last=block is runs[-1][-1])
+                if stage == group.rank:
+                    _guide(block.module, gate, undo)
+                    continue
                 blocks = denoiser.get_submodule(block.stack.path)
-                is_kept = keep is not None and keep(block.module)
-                _vacate(blocks, block, gate, is_kept, undo)
-    _watch(denoiser, relay, undo)
+                failing.add(partial(setattr, blocks, str(block.index), block.module))
+                _vacate(blocks, block, gate, keep is not None and keep(block.module), undo)
+        refuse_while_split(denoiser, f"in {group.size} stages", undo)
+        _watch(denoiser, relay, undo)
     return undo
 
 
 def _deal(denoiser: nn.Module, row: Row | None, size: int) -> list[list[_Dealt]]:
     owner = type(denoiser).__name__
     for name in (base.__name__ for base in type(denoiser).__mro__):
-        if name in _ENTANGLED:
-            raise ConfigError(f"{owner} cannot run in {size} stages: {_ENTANGLED[name]}. {_OFF}.")
+        if name in ENTANGLED:
+            raise ConfigError(f"{owner} cannot run in {size} stages: {ENTANGLED[name]}. {_OFF}.")
     if row is None:
         raise ConfigError(
             f"{owner} cannot run in {size} stages: no row says which streams its blocks exchange. {_OFF}, or declare "

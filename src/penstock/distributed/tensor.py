@@ -22,8 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from penstock.distributed.group import Group
-from penstock.distributed.slices import IsMapped, Slicing, cut, keep_slice
-from penstock.errors import ConfigError
+from penstock.distributed.slices import IsMapped, Slicing, Surgery, cut, keep_slice
+from penstock.distributed.whole import refuse_while_split
+from penstock.errors import ConfigError, GenerationError
 from penstock.models.rows.tensor import PLANS, Local, Norm, Split, Style, TensorPlan, tensor_plan_of
 from penstock.undo import Undo
 
@@ -40,6 +41,11 @@ class _Place:
     module: nn.Module
     holder: nn.Module
     style: Style
+
+    @property
+    def name(self) -> str:
+        """Of the module in its holder."""
+        return self.path.rpartition(".")[2]
 
 
 def apply_tensor(denoiser: nn.Module, group: Group, is_mapped: IsMapped = lambda weight: False) -> Undo:
@@ -58,21 +64,26 @@ def apply_tensor(denoiser: nn.Module, group: Group, is_mapped: IsMapped = lambda
         gathered again: a collective, for which the weights must be in place (no longer streamed).
 
     Raises:
-        ConfigError: as `check_tensor`; nothing was changed.
+        ConfigError: as `check_tensor`, but that a plan may name nothing here: one rank alone may hold such blocks.
+            Nothing was changed.
 
     Cost: nothing is sent. Allocates this rank's share, one weight at a time. In each forward one all-reduce of the
         output for each "rowwise" layer, and one of a number per token for each norm across heads.
     """
-    undo = Undo()
     if group.size == 1:
-        return undo
-    for place in _checked(denoiser, group.size):
-        if isinstance(place.style, Split):
-            _split(place, place.style, group, is_mapped, undo)
-        elif isinstance(place.style, Norm):
-            _split_norm(place.module, group, is_mapped, undo)
-        else:
-            _localise(place.module, place.style, group, undo)
+        return Undo()
+    places = _checked(denoiser, group.size)
+    with Undo() as undo:
+        surgery = Surgery(group, undo, is_mapped)
+        for place in places:
+            if isinstance(place.style, Split):
+                _split(place, place.style, surgery)
+            elif isinstance(place.style, Norm):
+                _split_norm(place.module, surgery)
+            else:
+                _localise(place.module, place.style, group, undo)
+        _guard(denoiser, places, group.size, undo)
+        surgery.is_over = True
     return undo
 
 
@@ -87,8 +98,12 @@ def check_tensor(denoiser: nn.Module, size: int) -> None:
         ConfigError: for a class without a plan, heads or widths that the size does not divide (with the nearest size
             that divides all of them), and layers that are not plain: adapters, quantised or tied weights, hooks.
     """
-    if size > 1:
-        _checked(denoiser, size)
+    if size == 1:
+        return
+    places = _checked(denoiser, size)
+    if not any(isinstance(place.style, Split) and place.style.dim == 1 for place in places):
+        name = type(denoiser).__name__
+        raise ConfigError(f"tensor({size}) would cut nothing of {name}: its plan names no layer that it has.")
 
 
 def _checked(denoiser: nn.Module, size: int) -> list[_Place]:
@@ -101,8 +116,6 @@ def _checked(denoiser: nn.Module, size: int) -> list[_Place]:
             f"--tensor-parallel-size at 1. Plans are there for Flux, Flux 2, Qwen-Image and {', '.join(sorted(PLANS))}."
         )
     places = list(_places(denoiser, plan))
-    if not any(isinstance(place.style, Split) and place.style.dim == 1 for place in places):
-        raise ConfigError(f"tensor({size}) would cut nothing of {name}: its plan names no layer that it has.")
     for place in places:
         _require_plain(place)
     _require_untied(denoiser, places)
@@ -129,8 +142,7 @@ def _require_plain(place: _Place) -> None:
     kind: type[nn.Module] = nn.Linear if isinstance(place.style, Split) else nn.RMSNorm
     if getattr(place.holder, "fused_projections", False):
         _refuse(place, "the projections beside it are fused. Call unfuse_qkv_projections() first")
-    processor = getattr(place.holder, "processor", None)
-    if isinstance(processor, nn.Module) and next(processor.parameters(), None) is not None:
+    if _is_prompted(place.holder):
         _refuse(place, "the attention processor has weights of its own (IP-Adapter). Call unload_ip_adapter() first")
     if hasattr(place.module, "base_layer"):
         _refuse(place, f"it carries an adapter (LoRA), which would stay whole. {_WITHOUT_ADAPTER}")
@@ -145,6 +157,11 @@ def _require_plain(place: _Place) -> None:
         if not is_plain or not weight.is_floating_point() or weight.itemsize < 2:
             found = f"{type(weight.data).__name__} of {str(weight.dtype).removeprefix('torch.')}"
             _refuse(place, f"its weight is no plain tensor ({found}). Load the model without quantisation")
+
+
+def _is_prompted(holder: nn.Module) -> bool:
+    processor = holder._modules.get("processor")
+    return processor is not None and next(processor.parameters(), None) is not None
 
 
 def _refuse(place: _Place, reason: str) -> None:
@@ -197,26 +214,48 @@ def _named(what: str, path: str) -> str:
     return what.format(layer=path, holder=path.rpartition(".")[0])
 
 
-def _split(place: _Place, style: Split, group: Group, is_mapped: IsMapped, undo: Undo) -> None:
-    layer = place.module
+def _guard(denoiser: nn.Module, places: list[_Place], size: int, undo: Undo) -> None:
+    """Refuse to run the denoiser with layers that came after it was cut: nobody sums what these make."""
+    holders = list({id(place.holder): place.holder for place in places}.values())
+
+    def mend() -> None:
+        for place in places:
+            place.holder._modules[place.name] = place.module
+
+    def check(*_: Any) -> None:
+        strange = [place.path for place in places if place.holder._modules.get(place.name) is not place.module]
+        if strange or any(map(_is_prompted, holders)):
+            what = f"{strange[0]} was replaced" if strange else "an attention processor got weights of its own"
+            raise GenerationError(
+                f"{what} after {type(denoiser).__name__} was cut for {size} ranks: adapters would be summed wrongly. "
+                "Take penstock off the pipeline, or load it again; load or fuse adapters before it is split."
+            )
+
+    undo.add(mend)
+    refuse_while_split(denoiser, f"over {size} ranks, each with a slice of every layer", undo, mend)
+    undo.add(denoiser.register_forward_pre_hook(check).remove)
+
+
+def _split(place: _Place, style: Split, surgery: Surgery) -> None:
+    layer, size, undo = place.module, surgery.group.size, surgery.undo
     assert isinstance(layer, nn.Linear)
     parts = tuple(style.parts(layer, place.holder))
-    slicing = Slicing(style.dim, parts, group)
-    keep_slice(layer, "weight", slicing, is_mapped, undo)
+    slicing = Slicing(style.dim, parts, surgery.group)
+    keep_slice(layer, "weight", slicing, surgery)
     if style.dim == 0:
         if layer.bias is not None:
-            keep_slice(layer, "bias", slicing, is_mapped, undo)
-        _divide(layer, "out_features", group.size, undo)
+            keep_slice(layer, "bias", slicing, surgery)
+        _divide(layer, "out_features", size, undo)
     else:
-        _divide(layer, "in_features", group.size, undo)
-        _replace_forward(layer, _summed(layer, group), undo)
+        _divide(layer, "in_features", size, undo)
+        _replace_forward(layer, _summed(layer, surgery.group), undo)
 
 
-def _split_norm(norm: nn.Module, group: Group, is_mapped: IsMapped, undo: Undo) -> None:
+def _split_norm(norm: nn.Module, surgery: Surgery) -> None:
     assert isinstance(norm, nn.RMSNorm)
     if norm.elementwise_affine:
-        keep_slice(norm, "weight", Slicing(0, norm.normalized_shape, group), is_mapped, undo)
-    _replace_forward(norm, _normed(norm, group), undo)
+        keep_slice(norm, "weight", Slicing(0, norm.normalized_shape, surgery.group), surgery)
+    _replace_forward(norm, _normed(norm, surgery.group), surgery.undo)
 
 
 def _localise(module: nn.Module, style: Local, group: Group, undo: Undo) -> None:

@@ -46,24 +46,32 @@ def apply_tiles(vae: nn.Module, group: Group) -> Undo:
     Cost: per call, a rank receives the bytes of the tiles that it did not compute, about (n - 1) / n of all. The
     results of all tiles live at once, as they do in the stock loop.
     """
-    undo = Undo()
     if group.size == 1:
-        return undo
-    check_tiles(vae)
-    tiles = _Tiles(vae, group)
-    undo.add(_enable_tiling(vae))
-    for name in (*_DECODES, *_ENCODES):
-        if hasattr(vae, name):
-            undo.add(_wrap(vae, name, tiles))
+        return Undo()
+    tiles = _Tiles(vae, group, _checked(vae))
+    with Undo() as undo:
+        _enable_tiling(vae, undo)
+        for name in (*_DECODES, *_ENCODES):
+            if hasattr(vae, name):
+                _wrap(vae, name, tiles, undo)
     return undo
 
 
 def check_tiles(vae: nn.Module) -> None:
     """Refuse a VAE whose tiles cannot be spread over ranks with the picture unchanged.
 
+    Args:
+        vae: its weights may be on the meta device.
+
     Raises:
         ConfigError: naming the class, the reason, and what to do instead.
+
+    Cost: as a `Twin`, which is built to see that it can be.
     """
+    _checked(vae)
+
+
+def _checked(vae: nn.Module) -> Twin:
     name = type(vae).__name__
     decoder = getattr(vae, "decoder", None)
     config: Any = getattr(vae, "config", {})
@@ -85,6 +93,7 @@ def check_tiles(vae: nn.Module) -> None:
             f"the VAE is a {name} with decoder_inject_noise={tuple(config['decoder_inject_noise'])}: each tile draws "
             f"from the random state that the tile before left, and ranks do not compute that tile. {_INSTEAD}"
         )
+    return Twin(vae)
 
 
 def _is_stock(method: Any) -> bool:
@@ -94,10 +103,10 @@ def _is_stock(method: Any) -> bool:
 class _Tiles:
     """A VAE's tiled methods, as a group of ranks runs them."""
 
-    def __init__(self, vae: nn.Module, group: Group) -> None:
+    def __init__(self, vae: nn.Module, group: Group, twin: Twin) -> None:
         self._vae = vae
         self._group = group
-        self._twin = Twin(vae)
+        self._twin = twin
         self._is_running = False
 
     def run(self, method: str, stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -196,23 +205,26 @@ class _Run:
         )
 
 
-def _enable_tiling(vae: Any) -> Callable[[], None]:
-    """Switch tiling on; returns what puts the switches back that this has changed."""
-    before = dict(vars(vae))
-    if not vae.use_tiling:
+def _enable_tiling(vae: Any, undo: Undo) -> None:
+    """Switch tiling on; the undo puts back the switches that this has changed."""
+    before, changed = dict(vars(vae)), dict[str, Any]()
+    undo.add(lambda: vars(vae).update(changed))
+    if vae.use_tiling:
+        return
+    try:
         vae.enable_tiling()
-    changed = {name: value for name, value in before.items() if vars(vae)[name] is not value}
-    return partial(vars(vae).update, changed)
+    finally:
+        changed.update((name, value) for name, value in before.items() if vars(vae)[name] is not value)
 
 
-def _wrap(vae: nn.Module, name: str, tiles: _Tiles) -> Callable[[], None]:
-    """Put a tiled method behind the group's; returns what takes it away."""
+def _wrap(vae: nn.Module, name: str, tiles: _Tiles, undo: Undo) -> None:
+    """Put a tiled method behind the group's."""
     own, stock = vars(vae), getattr(vae, name)
     hidden = {name: own[name]} if name in own else {}
-    own[name] = wraps(stock)(partial(tiles.run, name, stock))
 
     def unwrap() -> None:
         own.pop(name, None)
         own.update(hidden)
 
-    return unwrap
+    undo.add(unwrap)
+    own[name] = wraps(stock)(partial(tiles.run, name, stock))

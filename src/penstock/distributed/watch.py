@@ -17,8 +17,9 @@ import sys
 import threading
 import time
 import traceback
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -26,6 +27,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch.distributed as dist
 
+from penstock.distributed.launcher import is_launched
 from penstock.errors import GenerationError
 
 if TYPE_CHECKING:
@@ -41,17 +43,32 @@ _watch: tuple[dist.ProcessGroup, Watch] | None = None
 
 
 @dataclass(frozen=True)
+class Call:
+    """What ranks do together.
+
+    Attributes:
+        ranks: that do.
+        number: which of their calls, counted from 1.
+    """
+
+    ranks: tuple[int, ...]
+    number: int
+
+
+@dataclass(frozen=True)
 class Failure:
     """What a rank raised.
 
     Attributes:
         rank: that raised.
-        call: in which it did, counted from 1.
+        call: in which it did.
+        turn: how many calls it had entered by then, with whichever ranks.
         traceback: as Python prints it.
     """
 
     rank: int
-    call: int
+    call: Call
+    turn: int
     traceback: str
 
     @property
@@ -64,27 +81,32 @@ def current_watch(ranks: Sequence[int] | None = None) -> Watch | None:
     """The watch of this process, over torch's default process group; made once per group.
 
     Args:
-        ranks: with which this one makes its next calls; all where left out.
+        ranks: that make the next call together, this one among them; all where left out. Inside a call it changes
+            nothing: the ranks of that call are watched until it is left.
 
     Returns:
-        None without a process group, and in one of one rank.
+        None without a process group, and for one rank alone: `with current_watch(ranks) or nullcontext(): ...`.
+
+    Cost: a few small messages to the store the first time, later none.
     """
     global _watch
     world = dist.group.WORLD if dist.is_initialized() else None
-    if world is None or dist.get_world_size() == 1:
+    ranks = tuple(range(dist.get_world_size()) if ranks is None else ranks) if world is not None else ()
+    if world is None or len(ranks) <= 1:
         return None
     if _watch is None or _watch[0] is not world:
         store = dist.distributed_c10d._get_default_store()
         _watch = (world, Watch(store, dist.get_rank(), dist.get_world_size()))
-    _watch[1].attend(range(dist.get_world_size()) if ranks is None else ranks)
+    _watch[1].attend(ranks)
     return _watch[1]
 
 
 class Watch:
     """A context around every call that ranks make together; those of one group enter it equally often.
 
-    Inside, a rank that is left waiting by another ends its process with exit code 1 and that rank's traceback. Where
-    every rank raises by itself, nothing ends, and the next call works. Entering it again inside does nothing.
+    Calls are counted for each group of ranks by itself. Inside, a rank that is left waiting by another ends its
+    process with exit code 1 and that rank's traceback. Where every rank raises by itself, nothing ends, and the next
+    call works. Entering it again inside does nothing.
 
     Args:
         store: of the process group. Rank 0 keeps it, and waits at its exit until the others need it no longer.
@@ -103,12 +125,14 @@ class Watch:
         self, store: Store, rank: int, world_size: int, *, poll_s: float = _POLL_S, grace_s: float = _GRACE_S
     ) -> None:
         self._rank = rank
-        self._world = [other for other in range(world_size) if other != rank]
-        self._others = self._world
+        self._ranks = tuple(range(world_size))
+        self._world = [other for other in self._ranks if other != rank]
         self._poll_s, self._grace_s = poll_s, grace_s
         self._board = _Board(store)  # of the thread that calls; the one that looks has its own
-        self._call = self._depth = 0
-        self._own_failures: set[int] = set()
+        self._call = Call(self._ranks, 0)
+        self._numbers: Counter[tuple[int, ...]] = Counter()
+        self._depth = 0
+        self._own_failures: set[Call] = set()
         self._inside = threading.Event()
         self._board.move_in(rank)
         self._ended = threading.Event()
@@ -118,15 +142,19 @@ class Watch:
 
     def attend(self, ranks: Sequence[int]) -> None:
         """Watch these ranks from the next call on, and no others."""
-        if not self._depth:
-            self._others = [rank for rank in ranks if rank != self._rank]
+        self._ranks = tuple(ranks)
 
     def __enter__(self) -> Self:
-        self._depth += 1
-        if self._depth == 1:
-            self._call += 1
-            self._board.place(self._rank, self._call, is_inside=True)
+        if not self._depth:
+            call = Call(self._ranks, self._numbers[self._ranks] + 1)
+            numbers = self._numbers + Counter([self._ranks])
+            try:
+                self._board.place(self._rank, _Place(numbers, call.ranks))
+            except RuntimeError as error:
+                raise GenerationError(f"{_NO_STORE}. Start all ranks again.") from error
+            self._call, self._numbers = call, numbers
             self._inside.set()
+        self._depth += 1
         return self
 
     def __exit__(
@@ -140,10 +168,11 @@ class Watch:
         try:
             if error is not None:
                 self._own_failures.add(self._call)
-                told = Failure(self._rank, self._call, "".join(traceback.format_exception(error)))
+                text = "".join(traceback.format_exception(error))
+                told = Failure(self._rank, self._call, self._numbers.total(), text)
                 num_before = self._board.publish(told)
                 reason = self._reason(told, num_before) if _is_exchange(error) else None
-            self._board.place(self._rank, self._call, is_inside=False)
+            self._board.place(self._rank, _Place(self._numbers))
         except RuntimeError:
             reason = _NO_STORE if error is not None and _is_exchange(error) else None
         if reason is not None:
@@ -152,7 +181,7 @@ class Watch:
     def _reason(self, own: Failure, num_before: int) -> str | None:
         """Which other rank made an exchange fail; None where this rank is to blame itself."""
         for failure in self._board.failures()[:num_before]:
-            if failure.rank not in self._others or failure.call != own.call:
+            if failure.rank == self._rank or failure.call != own.call:
                 continue
             if failure.line == own.line:
                 return None
@@ -167,7 +196,7 @@ class Watch:
 
     def _look(self, board: _Board) -> None:
         """While inside a call, look for who keeps this rank waiting; end the process once the grace is over."""
-        blamed: tuple[int, float, str] | None = None  # in which call, since when, and who
+        blamed: tuple[Call, float, str] | None = None  # in which call, since when, and who
         while not self._ended.wait(self._poll_s):
             call = self._call
             try:
@@ -182,18 +211,18 @@ class Watch:
                 print(f"rank {self._rank} ends: {blamed[2]}", file=sys.stderr, flush=True)
                 os._exit(1)
 
-    def _blame(self, board: _Board, call: int) -> str | None:
+    def _blame(self, board: _Board, call: Call) -> str | None:
         """Who failed, or is gone, so that this rank waits for it in vain."""
         for failure in board.failures():
-            if failure.rank not in self._others or failure.call in self._own_failures:
+            if failure.rank == self._rank or failure.rank not in call.ranks or failure.call in self._own_failures:
                 continue  # of a call that this rank has left as well
-            if failure.call == call or board.place_of(failure.rank)[0] < call:
+            if failure.call == call or board.place_of(failure.rank).is_lost(failure.turn, before=call):
                 return f"rank {failure.rank} failed, and this one waited for it.\n{failure.traceback}"
         return self._gone(board, call)
 
-    def _gone(self, board: _Board, call: int) -> str | None:
-        for other in self._others:
-            if board.is_gone(other) and not _has_left(board.place_of(other), call):
+    def _gone(self, board: _Board, call: Call) -> str | None:
+        for other in call.ranks:
+            if other != self._rank and board.is_gone(other) and not board.place_of(other).is_past(call):
                 return f"rank {other} is gone: its process was ended"
         return None
 
@@ -207,16 +236,38 @@ class Watch:
         self._thread.join()
 
     def _leave_last(self) -> None:
-        """Keep the store until the others have left their calls, or have ended."""
+        """Keep the store until the others have left their calls, or have ended.
+
+        After a failure no longer than they need to see it; not at all where a launcher of our own ends them.
+        """
         failed = self._call in self._own_failures
+        if failed and is_launched():
+            return
         deadline_s = time.monotonic() + (self._grace_s + 3 * self._poll_s if failed else _LAST_S)
         while time.monotonic() < deadline_s and any(map(self._needs_store, self._world)):
             time.sleep(_VISIBLE_S / 10)
 
     def _needs_store(self, other: int) -> bool:
-        if other in self._others and _has_left(self._board.place_of(other), self._call):
+        if other in self._call.ranks and self._board.place_of(other).is_past(self._call):
             return False  # it can make no further call without this rank
         return not self._board.has_ended(other)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a rank is: how many calls it has entered with each group, and in whose it is now (None: in none)."""
+
+    numbers: Counter[tuple[int, ...]] = field(default_factory=Counter)
+    inside: tuple[int, ...] | None = None
+
+    def is_lost(self, turn: int, before: Call) -> bool:
+        """Whether it has entered no call since a turn, this one included."""
+        return self.numbers.total() == turn and self.numbers[before.ranks] < before.number
+
+    def is_past(self, call: Call) -> bool:
+        """Whether it has left a call."""
+        number = self.numbers[call.ranks]
+        return number > call.number or (number == call.number and self.inside != call.ranks)
 
 
 class _Board:
@@ -245,14 +296,15 @@ class _Board:
         """Whether a rank makes no further calls, or never moved in."""
         return self._home_of(rank) is None or self._read(f"ended/{rank}") is not None or self.is_gone(rank)
 
-    def place(self, rank: int, call: int, *, is_inside: bool) -> None:
-        """Tell in which call a rank is, or which it left last."""
-        self._store.set(f"place/{rank}", json.dumps([call, is_inside]))
+    def place(self, rank: int, place: _Place) -> None:
+        """Tell where a rank is."""
+        self._store.set(f"place/{rank}", json.dumps([list(place.numbers.items()), place.inside]))
 
-    def place_of(self, rank: int) -> tuple[int, bool]:
-        """(call, whether it is inside) of a rank; call 0 is before the first."""
-        call, is_inside = self._read(f"place/{rank}") or (0, False)
-        return call, is_inside
+    def place_of(self, rank: int) -> _Place:
+        """Where a rank was when it last told."""
+        numbers, inside = self._read(f"place/{rank}") or ([], None)
+        counted = Counter({tuple(ranks): number for ranks, number in numbers})
+        return _Place(counted, None if inside is None else tuple(inside))
 
     def publish(self, failure: Failure) -> int:
         """Tell all ranks of a failure; returns how many were published before."""
@@ -266,7 +318,8 @@ class _Board:
             told = self._read(f"failure/{ticket}")
             if told is None:  # about to be
                 break
-            self._failures.append(Failure(**told))
+            call = Call(tuple(told["call"]["ranks"]), told["call"]["number"])
+            self._failures.append(Failure(**{**told, "call": call}))
         return self._failures
 
     def is_gone(self, rank: int) -> bool:
@@ -284,11 +337,6 @@ class _Board:
 
     def _read(self, key: str) -> Any:
         return json.loads(self._store.get(key)) if self._store.check([key]) else None
-
-
-def _has_left(place: tuple[int, bool], call: int) -> bool:
-    """Whether a rank at this place is past a call."""
-    return place >= (call, False) and place != (call, True)
 
 
 def _is_exchange(error: BaseException) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -23,8 +24,10 @@ from penstock.engine.arguments import check_defaults
 from penstock.engine.placed import place
 from penstock.engine.placement import choose_dtype
 from penstock.engine.plans import plan_pipeline
-from penstock.engine.splits import check_splits, join_ranks, split_weights
+from penstock.engine.ranks import agreed, join_ranks, shared_machine, watched
+from penstock.engine.splits import check_splits, split_weights
 from penstock.errors import ModelError, WeightsError
+from penstock.machine import Machine
 from penstock.models.dtypes import load_stored, target_dtypes
 from penstock.models.folder import ModelNotes, open_folder
 from penstock.models.quiet import quiet_libraries
@@ -114,7 +117,9 @@ def load(
 
     Cost: each weight is read once; on a device other than the CPU the peak of host memory is one component.
     """
-    return fill(prepare(model, LoadConfig.of(**options), parallel), on_progress)
+    prepared = prepare(model, LoadConfig.of(**options), parallel)
+    with watched(prepared.mesh):
+        return fill(prepared, on_progress)
 
 
 def prepare(model: str | Path, config: LoadConfig, parallel: ParallelConfig | None = None) -> Prepared:
@@ -127,14 +132,22 @@ def prepare(model: str | Path, config: LoadConfig, parallel: ParallelConfig | No
     Cost: configs, tokenizers and safetensors headers are read; no weights.
     """
     device, mesh = join_ranks(config, parallel)
+    with watched(mesh):
+        machine = shared_machine(device, mesh)
+        return agreed(mesh["world"], partial(_prepared, model, config, device, mesh, machine))
+
+
+def _prepared(model: str | Path, config: LoadConfig, device: torch.device, mesh: Mesh, machine: Machine) -> Prepared:
+    """What this rank prepares, once its place is known."""
     dtype = choose_dtype(config, device)
     skeleton = build_skeleton(open_folder(model, config), config)
     check_defaults(skeleton.folder.notes.defaults, type(skeleton.pipeline))
     check_splits(skeleton.pipeline, mesh.config)
-    return Prepared(skeleton, config, device, dtype, mesh, _plan(skeleton, config, device, dtype, mesh))
+    plan = _plan(skeleton, config, dtype, mesh, machine)
+    return Prepared(skeleton, config, device, dtype, mesh, plan)
 
 
-def _plan(skeleton: Skeleton, config: LoadConfig, device: torch.device, dtype: torch.dtype, mesh: Mesh) -> Plan:
+def _plan(skeleton: Skeleton, config: LoadConfig, dtype: torch.dtype, mesh: Mesh, machine: Machine) -> Plan:
     """Plan with the bytes that the files' headers tell of, those of this rank."""
     records: dict[int, TensorRecord] = {}
     modules = [getattr(skeleton.pipeline, name) for name in skeleton.classes]
@@ -148,7 +161,7 @@ def _plan(skeleton: Skeleton, config: LoadConfig, device: torch.device, dtype: t
         return FileRange(record.file, record.offset, num_bytes) if record else None
 
     try:
-        return plan_pipeline(skeleton.pipeline, config, device, locate, dtypes()).plan
+        return plan_pipeline(skeleton.pipeline, config, torch.device(machine.device), locate, dtypes(), machine).plan
     finally:
         split.run()
 

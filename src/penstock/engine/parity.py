@@ -290,7 +290,8 @@ def _plain(prepared: Prepared, dtype: torch.dtype) -> Any:
 def damaged_weight(pipeline: Any) -> Iterator[str]:
     """Shift the rows of the largest weight matrix in a denoiser's first block by one inside; yields its name.
 
-    Shifted and not scaled: a norm behind the layer would take a factor out again.
+    Shifted and not scaled: a norm behind the layer would take a factor out again. The first block that has any: a rank
+    that holds only later ones damages one of these.
 
     Raises:
         ConfigError: for a pipeline without a denoiser that has blocks.
@@ -307,10 +308,11 @@ def damaged_weight(pipeline: Any) -> Iterator[str]:
 def _first_block_layer(pipeline: Any) -> tuple[str, nn.Linear]:
     for component in discover(pipeline).by_role("denoiser"):
         for stack in find_stacks(component.module):
-            layers = {n: m for n, m in stack.blocks[0].named_modules() if isinstance(m, nn.Linear)}
-            if layers:
-                name = max(layers, key=lambda n: layers[n].weight.numel())
-                return f"{component.name}.{stack.path}.0.{name}.weight", layers[name]
+            for index, block in enumerate(stack.blocks):
+                layers = {name: inner for name, inner in block.named_modules() if isinstance(inner, nn.Linear)}
+                if layers:
+                    name, layer = max(layers.items(), key=lambda item: item[1].weight.numel())
+                    return f"{component.name}.{stack.path}.{index}.{name}.weight", layer
     raise ConfigError(
         f"{type(pipeline).__name__} has no denoiser with blocks whose weight could be damaged for the control. "
         "Switch the control off."

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Self
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
@@ -18,15 +19,17 @@ from torch import nn
 from penstock.config import OffloadConfig, ParallelConfig, config_of
 from penstock.distributed.mesh import Mesh
 from penstock.engine.plans import Dtypes, Planned, plan_pipeline
-from penstock.engine.splits import check_splits, join_ranks, split_weights, split_work
-from penstock.errors import ConfigError, NotAPipelineError
-from penstock.machine import read_machine
+from penstock.engine.ranks import agreed, join_ranks, shared_machine, watched
+from penstock.engine.splits import check_splits, split_weights, split_work
+from penstock.engine.traffic import counted, traffic_since
+from penstock.errors import ConfigError, NotAPipelineError, PenstockError
+from penstock.machine import Machine
 from penstock.models.components import discover
 from penstock.offload.prompts import PromptCache
 from penstock.offload.streamer import Settings, Streamer
 from penstock.offload.units import Locate
 from penstock.planner.solve import budget_for
-from penstock.report import Report, TrafficReport, UnitReport, ZeroStall
+from penstock.report import Report, UnitReport, ZeroStall
 from penstock.timeline import Timeline
 from penstock.undo import Undo
 from penstock.weights.maps import MappedFiles
@@ -83,8 +86,24 @@ class Placed:
         self._prompts = prompts
         self._notes = notes
         self._device_before = _device_of(pipeline)
+        self._traffic_before = counted(split.mesh)
         self._last_report: Report | None = None
         self.timeline = streamer.timeline if streamer else None
+
+    def install(self) -> None:
+        """Do to the pipeline what was planned."""
+        pipeline, device = self.pipeline, torch.device(self.plan.device)
+        if self._streamer is not None or self.mesh["world"].size > 1:
+            modules = [module for component in discover(pipeline).components for module in component.module.modules()]
+            _OWNERS.update((module, ref(self)) for module in modules)
+        if self._streamer is not None:
+            self._streamer.install()
+        else:
+            _cast(pipeline, self._split.dtypes())
+            if _device_of(pipeline) != device and hasattr(pipeline, "to"):
+                pipeline.to(device)
+        self._prompts.install()
+        self._split.work.add(split_work(pipeline, self.mesh).run)
 
     def report(self) -> Report:
         """The effective configuration, and what was measured so far.
@@ -129,14 +148,11 @@ class Placed:
         """How the work is split, and what this rank exchanged with the others."""
         if self.mesh["world"].size == 1:
             return {}
-        traffic = tuple(
-            TrafficReport(
-                axis=axis, operation=operation, num_calls=num_calls, received_bytes=item.received_bytes[operation]
-            )
-            for axis, item in self.mesh.traffic().items()
-            for operation, num_calls in sorted(item.num_calls.items())
-        )
-        return {"split": self.mesh.config.equation(), "rank": self.mesh["world"].rank, "traffic": traffic}
+        return {
+            "split": self.mesh.config.equation(),
+            "rank": self.mesh["world"].rank,
+            "traffic": traffic_since(self.mesh, self._traffic_before),
+        }
 
     def _zero_stalls(self, streamer: Streamer) -> list[ZeroStall]:
         """r = ceil(n (1 - compute / fill)): with so many residents, filling hides behind compute."""
@@ -168,6 +184,10 @@ class Placed:
         """
         if placed_on(self.pipeline) is not self:
             return
+        with watched(self.mesh):
+            self._remove()
+
+    def _remove(self) -> None:
         self._split.work.run()
         self._prompts.remove()
         if self._streamer is not None:
@@ -242,46 +262,46 @@ def place(
         )
     _require_unplaced(pipeline)
     device, mesh = join_ranks(config, parallel)
+    with watched(mesh):
+        machine = shared_machine(device, mesh)
+        split = agreed(mesh["world"], partial(_split, pipeline, mesh, dtypes))
+        try:
+            made = partial(_made, pipeline, config, split, machine, reason, Timeline() if trace else None)
+            placed = agreed(mesh["world"], made)
+        except (PenstockError, torch.OutOfMemoryError):
+            split.weights.run()
+            raise
+        vars(pipeline)[_HANDLE] = placed  # first: what is interrupted can be removed
+        is_whole = False
+        try:
+            agreed(mesh["world"], placed.install)
+            is_whole = True
+        finally:
+            if not is_whole:
+                placed.remove()
+        return placed
+
+
+def _split(pipeline: Any, mesh: Mesh, dtypes: Callable[[], Dtypes]) -> _Split:
+    """Leave on this rank the weights that are its own."""
     check_splits(pipeline, mesh.config)
-    split = _Split(mesh, dtypes, split_weights(pipeline, mesh))
-    try:
-        planned = plan_pipeline(pipeline, config, device, _in_memory(), dtypes())
-    except ConfigError:
-        split.weights.run()
-        raise
+    return _Split(mesh, dtypes, split_weights(pipeline, mesh))
+
+
+def _made(
+    pipeline: Any, config: OffloadConfig, split: _Split, machine: Machine, reason: str | None, timeline: Timeline | None
+) -> Placed:
+    """Plan, and allocate what was planned; nothing is changed yet."""
+    device = torch.device(machine.device)
+    planned = plan_pipeline(pipeline, config, device, _in_memory(), split.dtypes(), machine)
     if reason is not None:
         planned = replace(planned, plan=replace(planned.plan, reason=reason))
-    return _carry_out(pipeline, config, planned, split, Timeline() if trace else None)
-
-
-def _carry_out(
-    pipeline: Any, config: OffloadConfig, planned: Planned, split: _Split, timeline: Timeline | None
-) -> Placed:
-    """Do to a pipeline what was planned."""
-    device = torch.device(planned.plan.device)
-    prompts = PromptCache(pipeline, config.prompt_cache_bytes)
     streamer = None
     if planned.plan.offload != "none":
-        streamer = Streamer(pipeline, planned.partition, planned.plan, _settings(planned, config, device), timeline)
-    placed = Placed(pipeline, planned, split, streamer, prompts, tuple(_notes(planned, config, device)))
-    vars(pipeline)[_HANDLE] = placed  # first: what is interrupted can be removed
-    is_whole = False
-    try:
-        if streamer is None:
-            _cast(pipeline, split.dtypes())
-            if _device_of(pipeline) != device and hasattr(pipeline, "to"):
-                pipeline.to(device)
-        else:
-            modules = [module for component in discover(pipeline).components for module in component.module.modules()]
-            _OWNERS.update((module, ref(placed)) for module in modules)
-            streamer.install()
-        prompts.install()
-        split.work.add(split_work(pipeline, split.mesh).run)
-        is_whole = True
-    finally:
-        if not is_whole:
-            placed.remove()
-    return placed
+        settings = _settings(planned, config, machine)
+        streamer = Streamer(pipeline, planned.partition, planned.plan, settings, timeline)
+    prompts = PromptCache(pipeline, config.prompt_cache_bytes)
+    return Placed(pipeline, planned, split, streamer, prompts, tuple(_notes(planned, config, device)))
 
 
 def _cast(pipeline: Any, dtypes: Dtypes) -> None:
@@ -335,8 +355,8 @@ def _in_memory() -> Locate:
     return locate
 
 
-def _settings(planned: Planned, config: OffloadConfig, device: torch.device) -> Settings:
-    free = read_machine().host_free_bytes
+def _settings(planned: Planned, config: OffloadConfig, machine: Machine) -> Settings:
+    free, device = machine.host_free_bytes, torch.device(machine.device)
     moving = {unit.name for unit in planned.plan.units if unit.residency != "resident"}
     units = [unit for unit in planned.partition.units if unit.name in moving]
     in_files = sum(

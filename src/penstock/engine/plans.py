@@ -41,7 +41,12 @@ class Planned:
 
 
 def plan_pipeline(
-    pipeline: Any, config: OffloadConfig, device: torch.device, locate: Locate, dtypes: Dtypes | None = None
+    pipeline: Any,
+    config: OffloadConfig,
+    device: torch.device,
+    locate: Locate,
+    dtypes: Dtypes | None = None,
+    machine: Machine | None = None,
 ) -> Planned:
     """Decide where the weights of a pipeline go.
 
@@ -51,6 +56,7 @@ def plan_pipeline(
         device: that it will run on.
         locate: where a weight is stored.
         dtypes: by the tensor's id, the dtype wanted on the device; as it is where left out.
+        machine: the memory there is; read now where left out.
 
     Raises:
         ConfigError: for what cannot work, with numbers.
@@ -61,7 +67,7 @@ def plan_pipeline(
             f"offload={config.offload!r}: penstock streams to {' and '.join(_STREAMED_TO)} devices, and {device} is "
             "none of them. Use offload='none', or --device cpu."
         )
-    machine = read_machine(str(device))
+    machine = machine or read_machine(str(device))
     weight_bytes = _weight_bytes(components, dtypes or {})
     budget = config.budget_bytes
     modes = _modes(pipeline, config, components, device)

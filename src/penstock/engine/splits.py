@@ -8,21 +8,19 @@ each split is applied to, and what is refused before weights load. Does not know
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from penstock.config import OffloadConfig, ParallelConfig
+from penstock.config import ParallelConfig
 from penstock.distributed import parallel_state
-from penstock.distributed.environment import read_environment, start
-from penstock.distributed.guidance import apply_guidance
-from penstock.distributed.knowledge import apply_sequences, check_sequences
-from penstock.distributed.mesh import Mesh, alone, build_mesh, require_ranks
+from penstock.distributed.guidance.calls import apply_guidance
+from penstock.distributed.mesh import Mesh
+from penstock.distributed.sequence.knowledge import apply_sequences, check_sequences
 from penstock.distributed.stages import apply_stages, check_stages
 from penstock.distributed.tensor import apply_tensor, check_tensor
 from penstock.distributed.tiles import apply_tiles, check_tiles
-from penstock.engine.placement import choose_device
 from penstock.engine.together import apply_together
 from penstock.errors import ConfigError
 from penstock.models.components import discover
@@ -30,40 +28,6 @@ from penstock.models.rows.table import row_of
 from penstock.profile import Role
 from penstock.undo import Undo
 from penstock.weights.maps import MappedFiles
-
-
-def join_ranks(config: OffloadConfig, parallel: ParallelConfig | None) -> tuple[torch.device, Mesh]:
-    """This rank's device, and its place in the mesh.
-
-    Args:
-        config: names the device.
-        parallel: the degrees; None for a process on its own, whatever started it.
-
-    Raises:
-        ConfigError: for a device that this machine has not, and for degrees that are not the ranks that were started.
-
-    Cost: with several ranks it waits for all of them.
-    """
-    device = choose_device(config)
-    environment = read_environment() if parallel else None
-    if parallel is None or (environment is None and parallel.world_size == 1):
-        return device, alone()
-    if device.type not in ("cpu", "cuda"):
-        raise ConfigError(
-            f"{parallel.equation()}: ranks exchange on cuda and cpu, and this is {device}. Use device=cpu."
-        )
-    if environment is not None:
-        require_ranks(parallel, environment.world_size)
-        start(environment, device)
-    if device.type == "cuda":
-        own = torch.device("cuda", torch.cuda.current_device())
-        if config.device not in ("auto", "cuda", str(own)):
-            raise ConfigError(
-                f"device={config.device!r} for a rank of {parallel.world_size} that runs on {own}: each needs a device "
-                "of its own. Give cuda."
-            )
-        device = own
-    return device, build_mesh(parallel, device.type)
 
 
 def check_splits(pipeline: Any, parallel: ParallelConfig) -> None:
@@ -124,7 +88,6 @@ def split_weights(pipeline: Any, mesh: Mesh) -> Undo:
     Returns:
         What puts all weights back; all ranks of the mesh run it together.
     """
-    undo = Undo()
     files = MappedFiles()
 
     def is_mapped(weight: Tensor) -> bool:
@@ -135,11 +98,12 @@ def split_weights(pipeline: Any, mesh: Mesh) -> Undo:
     def is_free(block: nn.Module) -> bool:
         return all(map(is_mapped, (*block.parameters(), *block.buffers())))
 
-    for denoiser in _modules(pipeline, "denoiser"):
-        if mesh["pipeline"].size > 1:
-            undo.add(apply_stages(denoiser, row_of(denoiser), mesh["pipeline"], is_free).run)
-        if mesh["tensor"].size > 1:
-            undo.add(apply_tensor(denoiser, mesh["tensor"], is_mapped).run)
+    with Undo() as undo:
+        for denoiser in _modules(pipeline, "denoiser"):
+            if mesh["pipeline"].size > 1:
+                undo.add(apply_stages(denoiser, row_of(denoiser), mesh["pipeline"], is_free).run)
+            if mesh["tensor"].size > 1:
+                undo.add(apply_tensor(denoiser, mesh["tensor"], is_mapped).run)
     return undo
 
 
@@ -153,19 +117,30 @@ def split_work(pipeline: Any, mesh: Mesh) -> Undo:
     Returns:
         What takes it back.
     """
-    undo = Undo()
-    if mesh["world"].size == 1:
-        return undo
-    parallel_state.set_mesh(mesh)
-    undo.add(lambda: parallel_state.set_mesh(None))
-    for denoiser in _modules(pipeline, "denoiser"):
-        undo.add(apply_sequences(denoiser, mesh).run)
-        undo.add(apply_guidance(denoiser, mesh["cfg"]).run)
-    if mesh["vae"].size > 1:
-        for vae in _tiled_vaes(pipeline, mesh["vae"].size):
-            undo.add(apply_tiles(vae, mesh["vae"]).run)
-    undo.add(apply_together(pipeline, mesh).run)
+    with Undo() as undo:
+        if mesh["world"].size == 1:
+            return undo
+        undo.add(_use(mesh))
+        for denoiser in _modules(pipeline, "denoiser"):
+            undo.add(apply_sequences(denoiser, mesh).run)
+            undo.add(apply_guidance(denoiser, mesh["cfg"]).run)
+        if mesh["vae"].size > 1:
+            for vae in _tiled_vaes(pipeline, mesh["vae"].size):
+                undo.add(apply_tiles(vae, mesh["vae"]).run)
+        undo.add(apply_together(pipeline, mesh).run)
     return undo
+
+
+def _use(mesh: Mesh) -> Callable[[], None]:
+    """Put a mesh to use; what is returned gives back the one before, unless another came after."""
+    before = parallel_state.get_mesh() if parallel_state.model_parallel_is_initialized() else None
+    parallel_state.set_mesh(mesh)
+
+    def put_back() -> None:
+        if parallel_state.model_parallel_is_initialized() and parallel_state.get_mesh() is mesh:
+            parallel_state.set_mesh(before)
+
+    return put_back
 
 
 def _modules(pipeline: Any, role: Role) -> list[nn.Module]:

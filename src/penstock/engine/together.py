@@ -8,27 +8,32 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import inspect
 import pickle
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 import torch
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from torch.utils._pytree import tree_leaves
 
-from penstock.distributed.futures import wait
+from penstock.distributed import parallel_state
 from penstock.distributed.group import Group
+from penstock.distributed.guidance.futures import wait
+from penstock.distributed.guidance.rounds import rounds_of
 from penstock.distributed.mesh import Mesh
-from penstock.distributed.rounds import rounds_of
 from penstock.distributed.watch import current_watch
 from penstock.errors import RequestError
+from penstock.models.words import word_of
 from penstock.undo import Undo
 
-_CALLBACK = "callback_on_step_end"
-_TOLD = (str, int, float, bool, type(None))
+_CALLBACKS = ("callback_on_step_end", "callback")
+_OF_DIFFUSERS = (
+    PipelineCallback,
+    MultiPipelineCallbacks,
+)  # pipelines ask for their class, and all ranks call them alike
 
 
 def apply_together(pipeline: Any, mesh: Mesh) -> Undo:
@@ -36,7 +41,7 @@ def apply_together(pipeline: Any, mesh: Mesh) -> Undo:
 
     Before each call their generators get the state of the first rank's, the global ones of torch, Python and numpy
     included: every random draw is the one that a single rank would make. A rank that raises ends those that would
-    wait for it.
+    wait for it. Inside, `mesh` is the one in use, and calls of denoisers are shared out (`guidance`).
 
     Args:
         pipeline: any callable object; its class is replaced by one of the same name.
@@ -46,9 +51,10 @@ def apply_together(pipeline: Any, mesh: Mesh) -> Undo:
         What gives the class back.
 
     Raises:
-        RequestError: (from the call, on every rank) where ranks are called with different arguments.
+        RequestError: (from the call, on every rank) where ranks are called with different arguments: numbers, texts,
+            tensors, arrays and pictures by their contents, all else by its class.
 
-    Cost: per call three small exchanges.
+    Cost: per call three small exchanges; tensors and pictures among the arguments are read once (`word_of`).
     """
     undo = Undo()
     stock = type(pipeline)
@@ -60,39 +66,29 @@ def apply_together(pipeline: Any, mesh: Mesh) -> Undo:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         with current_watch(group.ranks) or nullcontext():
             _require_equal(group, args, kwargs)
-            _share_random_states(group, args, kwargs)
-            return _finished(mesh["cfg"], stock.__call__, self, *args, **_seeing_callback(kwargs))
+            _share_random_states(mesh, args, kwargs)
+            with parallel_state.using(mesh), rounds_of(mesh["cfg"]).run():
+                result = stock.__call__(self, *args, **_seeing_callbacks(kwargs))
+            return wait(result)
 
     names = {name: getattr(stock, name) for name in ("__module__", "__qualname__", "__doc__")}
-    pipeline.__class__ = type(stock.__name__, (stock,), {**names, "__call__": call})
     undo.add(lambda: setattr(pipeline, "__class__", stock))
+    pipeline.__class__ = type(stock.__name__, (stock,), {**names, "__call__": call})
     return undo
 
 
-def _finished(guidance: Group, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """The result of a call, with nothing in it that other ranks have yet to send."""
-    is_over = False
-    try:
-        result = call(*args, **kwargs)
-        rounds_of(guidance).close()
-        is_over = True
-        return wait(result)
-    finally:
-        if not is_over:
-            rounds_of(guidance).drop()
+def _seeing_callbacks(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """With callbacks that get tensors which are there on every rank, so that one rank may look at them alone."""
+    found = {name: kwargs[name] for name in _CALLBACKS if callable(kwargs.get(name))}
+    return {**kwargs, **{name: _seeing(call) for name, call in found.items() if not isinstance(call, _OF_DIFFUSERS)}}
 
 
-def _seeing_callback(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """With a callback that gets tensors which are there on every rank, so that one rank may look at them alone."""
-    callback = kwargs.get(_CALLBACK)
-    if not inspect.isfunction(callback):
-        return kwargs
-
+def _seeing(callback: Any) -> Any:
     @functools.wraps(callback)
-    def seeing(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> Any:
-        return callback(pipeline, step, timestep, wait(tensors))
+    def seeing(*args: Any, **kwargs: Any) -> Any:
+        return callback(*wait(args), **wait(kwargs))
 
-    return {**kwargs, _CALLBACK: seeing}
+    return seeing
 
 
 def _require_equal(group: Group, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -103,28 +99,32 @@ def _require_equal(group: Group, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     if other is not None:
         raise RequestError(
             f"rank {other} of {group.size} was called with other arguments than rank 0, and they make one picture "
-            f"together (this is rank {group.rank}: {', '.join(kwargs)}). Give every rank the same prompt and settings."
+            f"together (this is rank {group.rank}: {', '.join(kwargs)}). Give every rank the same prompt, settings and "
+            "pictures, and tensors that are drawn with the same seed."
         )
 
 
 def _told(value: Any) -> Iterator[str]:
-    """Words that tell calls apart: numbers and texts themselves, of all else its kind and size."""
-    for leaf in tree_leaves(value, is_leaf=lambda node: node is None):
-        if isinstance(leaf, _TOLD):
-            yield repr(leaf)
-        elif isinstance(leaf, torch.Tensor):
-            yield f"{tuple(leaf.shape)} {leaf.dtype}"
-        else:
-            size = getattr(leaf, "size", None)  # of a picture; a function, of other things
-            yield f"{type(leaf).__name__} {size if isinstance(size, tuple) else None}"
+    """Words that tell calls apart; for what has none, and for devices, which may differ, the class."""
+    if isinstance(value, Mapping):
+        yield f"{len(value)} pairs"
+        yield from (word for pair in value.items() for word in _told(pair))
+    elif isinstance(value, (list, tuple)):
+        yield f"{len(value)} items"
+        yield from (word for item in value for word in _told(item))
+    else:
+        word = None if isinstance(value, torch.device) else word_of(value)
+        yield type(value).__name__ if word is None else repr(word)
 
 
-def _share_random_states(group: Group, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _share_random_states(mesh: Mesh, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Give every generator that the call may draw from the state that it has on the first rank."""
+    group = mesh["replica"]
+    on_cuda = mesh.device_mesh is not None and mesh.device_mesh.device_type == "cuda"
     generators = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Generator)]
     own = (
         torch.get_rng_state(),
-        torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        torch.cuda.get_rng_state() if on_cuda else None,
         random.getstate(),
         np.random.get_state(),
         [generator.get_state() for generator in generators],

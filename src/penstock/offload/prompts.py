@@ -8,16 +8,16 @@ for.
 
 from __future__ import annotations
 
-import hashlib
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial, wraps
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map_only
+
+from penstock.models.words import word_of
 
 _METHOD = "encode_prompt"
 
@@ -87,7 +87,7 @@ class PromptCache:
         if any(getattr(owner, "peft_config", None) for owner in owners if isinstance(owner, nn.Module)):
             return None
         told = [*args, *(item for pair in sorted(kwargs.items()) for item in pair)]
-        words = [_word(value) for value in (len(args), *told, *_settings(self._pipeline), *map(_length, owners))]
+        words = [word_of(value) for value in (len(args), *told, *_settings(self._pipeline), *map(_length, owners))]
         if any(word is None for word in words):
             return None
         return (*map(id, owners), torch.is_inference_mode_enabled(), *_autocast(), *words)
@@ -109,25 +109,6 @@ def _autocast() -> list[Any]:
 def _length(part: Any) -> int:
     """Of a tokenizer, which grows when words are taught to it."""
     return len(part) if hasattr(part, "tokenize") and hasattr(part, "__len__") else 0
-
-
-def _word(value: Any) -> Any:
-    """Something hashable that stands for a value, or None where nothing can."""
-    if value is None or isinstance(value, (str, int, float, bool, torch.device, torch.dtype)):
-        return (type(value).__name__, value)
-    if isinstance(value, torch.Tensor):
-        return ("tensor", value.dtype, tuple(value.shape), _digest(value.detach().cpu().contiguous()))
-    if isinstance(value, Image.Image):
-        palette = tuple(value.getpalette() or ())
-        return ("image", value.mode, value.size, palette, hashlib.blake2b(value.tobytes()).digest())
-    if isinstance(value, (list, tuple)):
-        words = tuple(_word(item) for item in value)
-        return None if any(word is None for word in words) else (type(value).__name__, *words)
-    return None
-
-
-def _digest(tensor: torch.Tensor) -> bytes:
-    return hashlib.blake2b(tensor.view(torch.uint8).numpy().data if tensor.numel() else b"").digest()
 
 
 def _copied(result: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Rows are of classes that diffusers has; `tests/distributed/test_sequence.py` proves each of them."""
+"""Rows are of classes that diffusers has; `tests/distributed/sequence/test_blocks.py` proves each of them."""
 
 from __future__ import annotations
 

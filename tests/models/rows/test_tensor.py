@@ -11,15 +11,16 @@ import pytest
 from diffusers import FluxTransformer2DModel, WanTransformer3DModel
 from torch import nn
 
+from penstock.errors import DeclarationError
 from penstock.models.rows.tensor import BESIDE, COLWISE, GATED, PLANS, ROWWISE, Local, Split, tensor_plan_of
-from tests.distributed.denoisers import CASES as MORE
-from tests.zoo.denoisers import CASES as ZOO
+from tests.zoo.denoisers import CASES, others
 
 LEFT_OUT = MappingProxyType(
     {
         "ChronoEditTransformer3DModel": r"\.add_|norm_added",  # of pictures
         "Kandinsky5Transformer3DModel": r"text_transformer_blocks\.\*\.cross",  # text sees itself alone
         "SkyReelsV2Transformer3DModel": r"\.add_|norm_added",
+        "WanAnimateTransformer3DModel": r"\.add_|norm_added",
         "WanVACETransformer3DModel": r"\.add_|norm_added",
     }
 )
@@ -28,7 +29,7 @@ LEFT_OUT = MappingProxyType(
 
 def paths_by_class() -> dict[str, set[str]]:
     found: dict[str, set[str]] = {}
-    for case in (*ZOO.values(), *MORE.values()):
+    for case in (*CASES.values(), *others.CASES):
         denoiser = case.build()
         found.setdefault(type(denoiser).__name__, set()).update(path for path, _ in denoiser.named_modules())
     return found
@@ -82,10 +83,17 @@ def test_diffusers_packed_layers_keep_their_parts() -> None:
     assert tuple(style.parts(block.proj_out, block)) == (16, 64)
 
 
-def test_an_unknown_style_is_an_error() -> None:
+@pytest.mark.parametrize(
+    ("plan", "expected"),
+    [
+        ({"up": "sideways"}, "of Module gives 'up' the style 'sideways'.*\"colwise\", \"rowwise\", PackedColwise"),
+        (["up"], "of Module is a list, no mapping.*PackedRowwiseParallel.*size at 1"),
+    ],
+)
+def test_a_plan_that_is_none_is_an_error(plan: object, expected: str) -> None:
     denoiser: Any = nn.Module()
-    denoiser._tp_plan = {"up": "sideways"}
-    with pytest.raises(TypeError, match="'sideways' is no style"):
+    denoiser._tp_plan = plan
+    with pytest.raises(DeclarationError, match=expected):
         tensor_plan_of(denoiser)
 
 

@@ -6,13 +6,12 @@ from typing import Any
 
 import torch
 from diffusers import (
-    AceStepTransformer1DModel,
     HeliosTransformer3DModel,
     HunyuanVideoTransformer3DModel,
+    MiniMaxMusic3Transformer1DModel,
     MochiTransformer3DModel,
     QwenImageTransformer2DModel,
     SkyReelsV2Transformer3DModel,
-    Transformer2DModel,
 )
 
 from tests.zoo.denoisers.case import (
@@ -23,7 +22,6 @@ from tests.zoo.denoisers.case import (
     Size,
     case,
     noise,
-    picture,
     pooled,
     text,
     times,
@@ -153,53 +151,31 @@ def _skyreels_causal(heads: int) -> SkyReelsV2Transformer3DModel:
     )
 
 
-def _ace_step(heads: int) -> AceStepTransformer1DModel:
-    """Returns an ACE-Step transformer; every other block sees eight tokens each way, keys are for two heads each."""
-    return AceStepTransformer1DModel(
-        hidden_size=HEAD * heads,
-        intermediate_size=64,
-        num_hidden_layers=4,
+def _minimax_music3(heads: int) -> MiniMaxMusic3Transformer1DModel:
+    """Returns a MiniMax Music 3 transformer, whose time is a token before those of the sound."""
+    return MiniMaxMusic3Transformer1DModel(
+        in_channels=8,
+        condition_dim=TEXT,
+        num_layers=3,
         num_attention_heads=heads,
-        num_key_value_heads=1 if heads % 2 else heads // 2,
-        head_dim=HEAD,
-        in_channels=24,
-        audio_acoustic_hidden_dim=8,
-        sliding_window=8,
-        encoder_hidden_size=TEXT,
+        attention_head_dim=HEAD,
+        ff_inner_dim=64,
+        rotary_dim=8,
+        fourier_embedding_dim=32,
     )
 
 
-def _ace_step_arguments(size: Size) -> dict[str, Any]:
-    """Returns sound, what it is to sound like, text and two times; two frames are one token."""
+def _minimax_music3_arguments(size: Size) -> dict[str, Any]:
+    """Returns sound, and what it is to sound like frame by frame."""
     return {
-        "hidden_states": noise("sound", BATCH, 2 * size.tokens, 8),
-        "context_latents": noise("context", BATCH, 2 * size.tokens, 16),
-        "encoder_hidden_states": text(size),
+        "hidden_states": noise("sound", BATCH, 8, size.tokens),
         "timestep": times(),
-        "timestep_r": 0.5 * times(),
+        "encoder_hidden_states": noise("text", BATCH, size.tokens, TEXT),
     }
 
 
-def _transformer_2d(heads: int) -> Transformer2DModel:
-    """Returns a stand-alone 2-D transformer of feature maps."""
-    return Transformer2DModel(
-        num_attention_heads=heads,
-        attention_head_dim=HEAD,
-        in_channels=8,
-        num_layers=3,
-        norm_num_groups=4,
-        cross_attention_dim=TEXT,
-    )
-
-
-def _transformer_2d_arguments(size: Size) -> dict[str, Any]:
-    """Returns a feature map and text."""
-    return {"hidden_states": picture(size, 8, patch=1), "encoder_hidden_states": text(size)}
-
-
 CASES = (
-    case("ace_step", _ace_step, _ace_step_arguments, ("layers",), gain=1.5, note="half of the blocks see a window"),
-    case("transformer_2d", _transformer_2d, _transformer_2d_arguments, _BLOCKS, channels=0, note="of feature maps"),
+    case("minimax_music3", _minimax_music3, _minimax_music3_arguments, _BLOCKS, note="the time is a token"),
     case("mochi", _mochi, _mochi_arguments, _BLOCKS, MASKED, channels=0, note="rows of the batch one by one"),
     case(
         "helios", _helios, _helios_arguments, ("blocks",), gain=1.7, channels=0, note="three histories before the video"

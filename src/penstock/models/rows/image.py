@@ -192,7 +192,6 @@ ROWS: dict[str, Row] = {
         attention={"attention": "all"},
     ),
     "DiTTransformer2DModel": _CROSS,
-    "Transformer2DModel": _CROSS,
     "HunyuanDiT2DModel": Row(
         stacks=(StackRow("blocks", {"hidden_states": "img", "image_rotary_emb": "img:0", "skip": "img"}, ("img",)),),
         attention={"attn1": "img"},

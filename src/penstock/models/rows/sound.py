@@ -24,8 +24,8 @@ ROWS: dict[str, Row] = {
         stacks=(StackRow("blocks", {"hidden_states": "aud", "mask": "aud", "rope": "aud:0"}, ("aud",)),),
         attention={"self_attn": "aud"},
     ),
-    "AceStepTransformer1DModel": Row(
-        stacks=(StackRow("layers", {"hidden_states": "aud", "position_embeddings": "aud:0"}, ("aud",)),),
-        attention={"self_attn": "aud"},
+    "MiniMaxMusic3Transformer1DModel": Row(
+        stacks=(StackRow("transformer_blocks", {"hidden_states": "aud", "rotary_emb": "aud:0"}, ("aud",)),),
+        attention={"attn": "aud"},
     ),
 }

@@ -24,6 +24,8 @@ from diffusers.hooks.tensor_parallel import PackedColwiseParallel, PackedRowwise
 from diffusers.models.activations import GEGLU, SwiGLU
 from torch import nn
 
+from penstock.errors import DeclarationError
+
 Parts = Callable[[nn.Linear, nn.Module], Sequence[int]]
 """From a layer and the module that holds it: widths, side by side along the dim, each of which is cut."""
 
@@ -240,22 +242,37 @@ PLANS: dict[str, TensorPlan] = {
 }
 
 
+_CORRECTION = (
+    'Give each path "colwise", "rowwise", PackedColwiseParallel(...) or PackedRowwiseParallel(...), or leave '
+    "--tensor-parallel-size at 1"
+)
+
+
 def tensor_plan_of(denoiser: nn.Module) -> TensorPlan | None:
     """The plan of a denoiser: its class's own `_tp_plan`, else the table's entry for the class or the nearest above it.
 
     Returns:
         None where there is neither.
+
+    Raises:
+        DeclarationError: for a `_tp_plan` that is no mapping, or has a style that diffusers does not know.
     """
     declared: Mapping[str, object] | None = getattr(denoiser, "_tp_plan", None)
     if declared:
-        return {path: _of_diffusers(style) for path, style in declared.items()}
+        name = type(denoiser).__name__
+        if not isinstance(declared, Mapping):
+            raise DeclarationError(
+                f"the `_tp_plan` of {name} is a {type(declared).__name__}, no mapping from paths of layers to styles. "
+                f"{_CORRECTION}."
+            )
+        return {path: _of_diffusers(name, path, style) for path, style in declared.items()}
     for owner in type(denoiser).__mro__:
         if owner.__name__ in PLANS:
             return PLANS[owner.__name__]
     return None
 
 
-def _of_diffusers(style: object) -> Split:
+def _of_diffusers(owner: str, path: str, style: object) -> Split:
     """A style of diffusers' own notation. Its processors find out by themselves how many heads there are."""
     if style == "colwise":
         return Split(0, lambda layer, holder: (layer.out_features,))
@@ -267,7 +284,10 @@ def _of_diffusers(style: object) -> Split:
     if isinstance(style, PackedRowwiseParallel):
         blocks = style.blocks
         return Split(1, lambda layer, holder: _proportions(layer.in_features, blocks or layer._tp_packed_row_blocks))
-    raise TypeError(f"{style!r} is no style of a `_tp_plan`.")
+    raise DeclarationError(
+        f"the `_tp_plan` of {owner} gives {path!r} the style {style!r}, which diffusers does not know, so that nothing "
+        f"says how the layer is cut. {_CORRECTION}."
+    )
 
 
 def _proportions(width: int, blocks: Any) -> Sequence[int]:

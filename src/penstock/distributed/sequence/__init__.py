@@ -1,0 +1,1 @@
+"""Tokens over ranks: Ulysses, Ring, or both, on unmodified denoisers."""

@@ -1,0 +1,131 @@
+"""Ranks that know the same and fail together: they meet, agree on what they have, and go on only if all can.
+
+Owns what ranks decide together before a pipeline runs. Does not know how its work is split.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import torch
+
+from penstock.config import OffloadConfig, ParallelConfig
+from penstock.distributed.environment import read_environment, start
+from penstock.distributed.group import Group
+from penstock.distributed.mesh import Mesh, alone, build_mesh, require_ranks
+from penstock.distributed.watch import current_watch
+from penstock.engine.placement import choose_device
+from penstock.errors import ConfigError, PenstockError
+from penstock.machine import Machine, read_machine
+
+T = TypeVar("T")
+
+
+def join_ranks(config: OffloadConfig, parallel: ParallelConfig | None) -> tuple[torch.device, Mesh]:
+    """This rank's device, and its place in the mesh.
+
+    Args:
+        config: names the device.
+        parallel: the degrees; None for a process on its own, whatever started it.
+
+    Raises:
+        ConfigError: for a device that this machine has not, and for degrees that are not the ranks that were started.
+
+    Cost: with several ranks it waits for all of them.
+    """
+    device = choose_device(config)
+    environment = read_environment() if parallel else None
+    if parallel is None or (environment is None and parallel.world_size == 1):
+        return device, alone()
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(
+            f"{parallel.equation()}: ranks exchange on cuda and cpu, and this is {device}. Use device=cpu."
+        )
+    if environment is not None:
+        require_ranks(parallel, environment.world_size)
+        start(environment, device)
+    if device.type == "cuda":
+        own = torch.device("cuda", torch.cuda.current_device())
+        if config.device not in ("auto", "cuda", str(own)):
+            raise ConfigError(
+                f"device={config.device!r} for a rank of {parallel.world_size} that runs on {own}: each needs a device "
+                "of its own. Give cuda."
+            )
+        device = own
+    return device, build_mesh(parallel, device.type)
+
+
+def shared_machine(device: torch.device, mesh: Mesh) -> Machine:
+    """The memory that this rank may plan with: the least that any rank has, the host's divided among its ranks.
+
+    All ranks get the same numbers, so that they decide the same.
+
+    Cost: one small exchange.
+    """
+    machine = read_machine(str(device))
+    world = mesh["world"]
+    if world.size == 1:
+        return machine
+    environment = read_environment()
+    num_sharing = environment.local_world_size if environment else world.size
+    on_device = num_sharing if device.type == "cpu" else 1
+    own = torch.tensor(
+        [
+            (machine.device_bytes or -1) // on_device,
+            (machine.device_free_bytes or -1) // on_device,
+            machine.host_bytes // num_sharing,
+            machine.host_free_bytes // num_sharing,
+        ]
+    )
+    device_bytes, device_free, host, host_free = torch.stack(world.all_gather(own)).amin(0).tolist()
+    return replace(
+        machine,
+        device_bytes=device_bytes if device_bytes >= 0 else None,
+        device_free_bytes=device_free if device_free >= 0 else None,
+        host_bytes=host,
+        host_free_bytes=host_free,
+        limited_by=f"{machine.limited_by}, shared by {num_sharing} ranks",
+    )
+
+
+def watched(mesh: Mesh) -> AbstractContextManager[Any]:
+    """A context in which no rank waits for one that has failed; does nothing on one rank."""
+    if mesh["world"].size == 1:
+        return nullcontext()
+    return current_watch(mesh["world"].ranks) or nullcontext()
+
+
+def agreed(world: Group, step: Callable[[], T]) -> T:
+    """What a step returns, if it worked on every rank; else every rank raises.
+
+    Args:
+        world: all ranks; each takes the same step.
+        step: what may fail on some of them.
+
+    Raises:
+        PenstockError: what the step raised here; or a ConfigError that names the rank where it failed.
+        torch.OutOfMemoryError: where it was raised here.
+
+    Cost: one small exchange.
+    """
+    if world.size == 1:
+        return step()
+    failure: PenstockError | torch.OutOfMemoryError | None = None
+    result: list[T] = []
+    try:
+        result.append(step())
+    except (PenstockError, torch.OutOfMemoryError) as error:
+        failure = error
+    flags = world.all_gather(torch.tensor([failure is not None]))
+    if failure is not None:
+        raise failure
+    failed = [rank for rank, flag in enumerate(flags) if flag]
+    if failed:
+        raise ConfigError(
+            f"rank {failed[0]} of {world.size} could not place its part, and the others cannot go on without it: see "
+            "what it said. Give all ranks the same memory, or less to hold (--offload layerwise)."
+        )
+    return result[0]

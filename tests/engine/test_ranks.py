@@ -1,0 +1,85 @@
+"""Ranks that know the same and fail together."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+
+from penstock.config import OffloadConfig, ParallelConfig
+from penstock.distributed.environment import RankEnvironment
+from penstock.distributed.group import Group
+from penstock.distributed.mesh import alone, build_mesh
+from penstock.engine import ranks
+from penstock.engine.ranks import agreed, join_ranks, shared_machine
+from penstock.errors import ConfigError, ModelError
+from penstock.machine import read_machine
+from tests.ranks import run_ranks
+
+CPU = OffloadConfig(device="cpu")
+
+
+def test_one_process_is_alone() -> None:
+    device, mesh = join_ranks(CPU, None)
+    assert (device.type, mesh["world"].size) == ("cpu", 1)
+    assert join_ranks(CPU, ParallelConfig())[1]["world"].size == 1
+
+
+def test_ranks_that_nobody_started_are_refused_with_the_way_to_start_them() -> None:
+    with pytest.raises(ConfigError, match="torchrun --nproc-per-node 4"):
+        join_ranks(CPU, ParallelConfig(ulysses_degree=4))
+
+
+def test_ranks_that_a_launcher_started_must_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    environment = RankEnvironment(0, 4, 0, 4, "127.0.0.1", 29500)
+    monkeypatch.setattr(ranks, "read_environment", lambda: environment)
+    with pytest.raises(ConfigError, match=r"ring\(2\) = 2 is not world_size\(4\).*--data-parallel-size 2"):
+        join_ranks(CPU, ParallelConfig(ring_degree=2))
+    with pytest.raises(ConfigError, match=r"nothing split \(1\) = 1 is not world_size\(4\)"):
+        join_ranks(CPU, ParallelConfig())
+    assert join_ranks(CPU, None)[1]["world"].size == 1  # a program that uses its ranks for itself
+
+
+def memory() -> tuple[int, int, str]:
+    mesh = build_mesh(ParallelConfig(ulysses_degree=4), "cpu")
+    machine = shared_machine(torch.device("cpu"), mesh)
+    assert machine.device_free_bytes == machine.host_free_bytes
+    return machine.host_bytes, machine.host_free_bytes, machine.limited_by
+
+
+def test_ranks_plan_with_the_same_share_of_the_host() -> None:
+    found = run_ranks(4, memory)
+    assert len(set(found)) == 1
+    assert found[0][0] == read_machine("cpu").host_bytes // 4
+    assert found[0][2].endswith("shared by 4 ranks")
+    assert shared_machine(torch.device("cpu"), alone()).host_bytes == read_machine("cpu").host_bytes
+
+
+def fail_on(rank: int) -> str:
+    world = build_mesh(ParallelConfig(ulysses_degree=2), "cpu")["world"]
+
+    def step() -> str:
+        if world.rank == rank:
+            raise ModelError("there is no more.")
+        return "done"
+
+    begun_s = time.perf_counter()
+    try:
+        result = agreed(world, step)
+    except (ModelError, ConfigError) as error:
+        result = f"{type(error).__name__}: {error}"
+    assert time.perf_counter() - begun_s < 10
+    assert agreed(world, lambda: "next") == "next"
+    return result
+
+
+def test_a_step_that_fails_on_one_rank_fails_on_all() -> None:
+    assert run_ranks(2, fail_on, None) == ["done", "done"]
+    first, second = run_ranks(2, fail_on, 1)
+    assert first.startswith("ConfigError: rank 1 of 2 could not place its part")
+    assert second == "ModelError: there is no more."
+
+
+def test_alone_a_step_is_just_taken() -> None:
+    assert agreed(Group("world", 0, (0,), None), lambda: 3) == 3
