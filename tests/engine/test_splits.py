@@ -73,6 +73,9 @@ def load_split(folder: Path, name: str, degrees: dict[str, int], options: dict[s
     placed = penstock.placed_on(pipeline)
     assert placed is not None
     told = str(placed.report())
+    if degrees.keys() & {"tensor_parallel_size", "pipeline_parallel_size"}:
+        with pytest.raises(ConfigError, match="load_lora_weights: the denoiser is split"):
+            pipeline.load_lora_weights("an adapter")
     assert parallel_state.get_world_size() == placed.mesh["world"].size
     placed.remove()
     assert not parallel_state.model_parallel_is_initialized()

@@ -21,6 +21,7 @@ from penstock.distributed.sequence.knowledge import apply_sequences, check_seque
 from penstock.distributed.stages import apply_stages, check_stages
 from penstock.distributed.tensor import apply_tensor, check_tensor
 from penstock.distributed.tiles import apply_tiles, check_tiles
+from penstock.distributed.whole import refuse_while_split
 from penstock.engine.together import apply_together
 from penstock.errors import ConfigError
 from penstock.models.components import discover
@@ -99,6 +100,8 @@ def split_weights(pipeline: Any, mesh: Mesh) -> Undo:
         return all(map(is_mapped, (*block.parameters(), *block.buffers())))
 
     with Undo() as undo:
+        if mesh["pipeline"].size * mesh["tensor"].size > 1:
+            refuse_while_split(pipeline, f"({mesh.config.equation()})", undo)
         for denoiser in _modules(pipeline, "denoiser"):
             if mesh["pipeline"].size > 1:
                 undo.add(apply_stages(denoiser, row_of(denoiser), mesh["pipeline"], is_free).run)

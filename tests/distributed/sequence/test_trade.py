@@ -42,7 +42,8 @@ def trade(heads: int, whole: tuple[str, ...]) -> tuple[bool, bool]:
     (parts, (image,)) = to_heads(streams, ((piece, NAMES), (streams.cut(tensor[:, 4:], Layout(("img",))), ("img",))))
     share = heads // 3
     mine = tensor[:, :, streams.ulysses.rank * share :][:, :, :share]
-    parts = [part[:, : lengths[name]] for part, name in zip(parts, NAMES, strict=True)]
-    is_there = torch.equal(torch.cat(parts, 1), mine) and torch.equal(image[:, :7], mine[:, 4:])
-    back = to_tokens(streams, parts, NAMES, heads)
+    whole_parts = [torch.cat(pieces, 1)[:, : lengths[name]] for pieces, name in zip(parts, NAMES, strict=True)]
+    is_image = torch.equal(torch.cat(image, 1)[:, :7], mine[:, 4:])
+    is_there = is_image and torch.equal(torch.cat(whole_parts, 1), mine)
+    back = to_tokens(streams, whole_parts, NAMES, heads)
     return is_there, torch.equal(streams.join(back, Layout(NAMES)), tensor)

@@ -8,7 +8,7 @@ Owns the order of exchange and compute. Does not know who calls it, or which ker
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from penstock.distributed.sequence.kernels import Part, attend_part, merge
 from penstock.distributed.sequence.masks import mask_part, share_of_heads, whole_mask
 from penstock.distributed.sequence.streams import Streams
-from penstock.distributed.sequence.trade import Names, even_heads, to_heads, to_tokens
+from penstock.distributed.sequence.trade import Names, Pieces, even_heads, to_heads, to_tokens
 from penstock.errors import GenerationError
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
@@ -126,16 +126,16 @@ def _sized(sight: Sight, call: Call) -> Sight:
 
 
 def _around_ring(
-    sight: Sight, query: Tensor, held: tuple[list[Tensor], list[Tensor]], mask: Tensor | None, scale: float | None
+    sight: Sight, query: Tensor, held: tuple[list[Pieces], list[Pieces]], mask: Tensor | None, scale: float | None
 ) -> Tensor:
     """Attention part by part: while one is computed, the next ring rank's keys and values are on their way."""
     streams = sight.streams
     ring = streams.ring
     moving = [item for item, name in enumerate(sight.keys) if not streams.is_whole(name)]
-    widths = [held[0][item].shape[1] for item in moving]
+    widths = [sum(piece.shape[1] for piece in held[0][item]) for item in moving]
     packed = None
     if moving:
-        packed = torch.stack([torch.cat([part[item] for item in moving], 1) for part in held])
+        packed = torch.stack([torch.cat([piece for item in moving for piece in part[item]], 1) for part in held])
     total: Part | None = None
     for turn in range(ring.size):
         source = (ring.rank - turn) % ring.size
@@ -156,17 +156,26 @@ def _around_ring(
 
 
 def _replaced(
-    parts: Sequence[Tensor], moving: Sequence[int], packed: Tensor | None, item: int, widths: Sequence[int]
-) -> list[Tensor]:
+    parts: Sequence[Pieces], moving: Sequence[int], packed: Tensor | None, item: int, widths: Sequence[int]
+) -> list[Pieces]:
     """The streams of keys (item 0) or values (item 1), those that move replaced by what has come around."""
     streams = list(parts)
     if packed is not None:
         for position, part in zip(moving, torch.split(packed[item], list(widths), 1), strict=True):
-            streams[position] = part
+            streams[position] = (part,)
     return streams
 
 
-def _lined_up(parts: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
-    """Streams one after another, without their pads."""
-    narrowed = [part[:, :count] for part, count in zip(parts, counts, strict=True)]
-    return torch.cat(narrowed, 1) if len(narrowed) > 1 else narrowed[0]
+def _lined_up(streams: Sequence[Pieces], counts: Sequence[int]) -> Tensor:
+    """Streams one after another, the first tokens of each: without their pads."""
+    parts = [part for pieces, count in zip(streams, counts, strict=True) for part in _first(pieces, count)]
+    if not parts:
+        return streams[0][0][:, :0]
+    return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+
+
+def _first(pieces: Pieces, count: int) -> Iterator[Tensor]:
+    for piece in pieces:
+        if count > 0:
+            yield piece[:, :count]
+        count -= piece.shape[1]

@@ -17,6 +17,8 @@ from torch import Tensor
 from penstock.distributed.sequence.streams import Streams
 
 Names = Sequence[str]
+Pieces = tuple[Tensor, ...]
+"""A stream in parts that lie one after another: not yet copied into one."""
 
 
 def even_heads(query: Tensor, key: Tensor, value: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -34,7 +36,7 @@ def even_heads(query: Tensor, key: Tensor, value: Tensor, size: int) -> tuple[Te
     return _fill_heads(query, size), _fill_heads(key, size), _fill_heads(value, size)
 
 
-def to_heads(streams: Streams, tensors: Sequence[tuple[Tensor, Names]]) -> list[list[Tensor]]:
+def to_heads(streams: Streams, tensors: Sequence[tuple[Tensor, Names]]) -> list[list[Pieces]]:
     """Trade tokens for heads.
 
     Args:
@@ -43,31 +45,27 @@ def to_heads(streams: Streams, tensors: Sequence[tuple[Tensor, Names]]) -> list[
             one dtype, heads as `even_heads` makes them.
 
     Returns:
-        For each tensor its streams, each (batch, tokens, heads / ulysses, head_dim): all tokens of this ring rank,
-        pads at the end of a stream included.
+        For each tensor its streams, each in pieces of (batch, tokens, heads / ulysses, head_dim), one after another:
+        all tokens of this ring rank, pads at the end of a stream included.
 
-    Cost: one all-to-all; none where all streams are whole or one rank trades.
+    Cost: one all-to-all and one copy; none where all streams are whole or one rank trades.
     """
     size, rank = streams.ulysses.size, streams.ulysses.rank
-    split = [_by_stream(streams, tensor, names) for tensor, names in tensors]
-    sent = [_cut_parts(streams, parts, names) for parts, (_, names) in zip(split, tensors, strict=True)]
-    packed = [_spread_heads(torch.cat(parts, 1), size) for parts in sent if parts]
-    received = iter(_trade(streams, packed))
-    results = []
-    for parts, (tensor, names) in zip(split, tensors, strict=True):
-        share = tensor.shape[2] // size
-        found: Iterator[Tensor] = iter(())
-        if any(not streams.is_whole(name) for name in names):
-            block = next(received).transpose(0, 1)  # (batch, ulysses, tokens, share, head_dim)
-            widths = [streams.piece(name) for name in names if not streams.is_whole(name)]
-            found = iter([part.flatten(1, 2) for part in torch.split(block, widths, 2)])
-        results.append(
-            [
-                part[:, :, rank * share : (rank + 1) * share] if streams.is_whole(name) else next(found)
-                for name, part in zip(names, parts, strict=True)
-            ]
-        )
-    return results
+    split = [torch.split(tensor, [streams.local(name) for name in names], 1) for tensor, names in tensors]
+    sent = [
+        _spread_heads(part, size)
+        for parts, (_, names) in zip(split, tensors, strict=True)
+        for part, name in zip(parts, names, strict=True)
+        if not streams.is_whole(name)
+    ]
+    received = iter(_trade(streams, sent))
+    return [
+        [
+            _own_heads(part, size, rank) if streams.is_whole(name) else tuple(next(received))
+            for part, name in zip(parts, names, strict=True)
+        ]
+        for parts, (_, names) in zip(split, tensors, strict=True)
+    ]
 
 
 def to_tokens(streams: Streams, parts: Sequence[Tensor], names: Names, num_heads: int) -> Tensor:
@@ -85,22 +83,15 @@ def to_tokens(streams: Streams, parts: Sequence[Tensor], names: Names, num_heads
     Cost: one all-to-all for streams that are cut, one all-gather per stream that is whole.
     """
     size = streams.ulysses.size
-    blocks, widths = [], []
-    for part, name in zip(parts, names, strict=True):
-        if streams.is_whole(name):
-            continue
-        width = streams.piece(name)
-        missing = size * width - part.shape[1]
-        padded = F.pad(part, (0, 0, 0, 0, 0, missing)) if missing else part
-        blocks.append(
-            torch.unflatten(padded, 1, (size, width)).transpose(0, 1)
-        )  # (ulysses, batch, tokens, share, head_dim)
-        widths.append(width)
+    cut = [(part, streams.piece(name)) for part, name in zip(parts, names, strict=True) if not streams.is_whole(name)]
     found: Iterator[Tensor] = iter(())
-    if blocks:
-        (block,) = _trade(streams, [torch.cat(blocks, 2).contiguous()])
+    if cut:
+        blocks = [_by_rank(part, size, width) for part, width in cut]
+        block = streams.ulysses.all_to_all(torch.cat(blocks, 2) if len(blocks) > 1 else blocks[0])
         tokens = block.permute(1, 2, 0, 3, 4).flatten(2, 3)  # (batch, tokens, heads, head_dim)
-        found = iter(torch.split(tokens, widths, 1))
+        if len(cut) == len(names):
+            return tokens[:, :, :num_heads]
+        found = iter(torch.split(tokens, [width for _, width in cut], 1))
     whole = [
         torch.cat(streams.ulysses.all_gather(part), 2) if streams.is_whole(name) else next(found)
         for part, name in zip(parts, names, strict=True)
@@ -113,26 +104,31 @@ def _fill_heads(tensor: Tensor, size: int) -> Tensor:
     return F.pad(tensor, (0, 0, 0, missing)) if missing else tensor
 
 
-def _by_stream(streams: Streams, tensor: Tensor, names: Names) -> tuple[Tensor, ...]:
-    return torch.split(tensor, [streams.local(name) for name in names], 1)
-
-
-def _cut_parts(streams: Streams, parts: Sequence[Tensor], names: Names) -> list[Tensor]:
-    return [part for part, name in zip(parts, names, strict=True) if not streams.is_whole(name)]
-
-
 def _spread_heads(tensor: Tensor, size: int) -> Tensor:
-    """(batch, tokens, heads, head_dim) to (ulysses, batch, tokens, heads / ulysses, head_dim)."""
+    """(batch, tokens, heads, head_dim) to (ulysses, batch, tokens, heads / ulysses, head_dim), a view."""
     return torch.unflatten(tensor, 2, (size, -1)).permute(2, 0, 1, 3, 4)
 
 
+def _own_heads(tensor: Tensor, size: int, rank: int) -> Pieces:
+    share = tensor.shape[2] // size
+    return (tensor[:, :, rank * share : (rank + 1) * share],)
+
+
+def _by_rank(tensor: Tensor, size: int, width: int) -> Tensor:
+    """(batch, tokens, share, head_dim), filled up with zeros, to (ulysses, batch, width, share, head_dim)."""
+    missing = size * width - tensor.shape[1]
+    padded = F.pad(tensor, (0, 0, 0, 0, 0, missing)) if missing else tensor
+    return torch.unflatten(padded, 1, (size, width)).transpose(0, 1)
+
+
 def _trade(streams: Streams, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """All-to-all of several tensors (ulysses, ...) as one."""
+    """All-to-all of several tensors (ulysses, ...) as one, each copied once into what is sent."""
     group = streams.ulysses
     if group.size == 1 or not tensors:
         return list(tensors)
-    flat = [tensor.reshape(group.size, -1) for tensor in tensors]
-    traded = group.all_to_all(torch.cat(flat, 1) if len(flat) > 1 else flat[0])
-    widths = [part.shape[1] for part in flat]
-    parts = torch.split(traded, widths, 1)
-    return [part.reshape(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+    widths = [tensor.numel() // group.size for tensor in tensors]
+    packed = tensors[0].new_empty((group.size, sum(widths)))
+    for tensor, place in zip(tensors, torch.split(packed, widths, 1), strict=True):
+        place.view(tensor.shape).copy_(tensor)
+    traded = torch.split(group.all_to_all(packed), widths, 1)
+    return [part.view(tensor.shape) for part, tensor in zip(traded, tensors, strict=True)]
