@@ -15,11 +15,20 @@ import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-_PRELOADED = ["torch", "torch.distributed", "diffusers", "diffusers.models.transformers", "transformers", "numpy"]
+_ROOT = str(Path(__file__).resolve().parents[1])
+_PRELOADED = [
+    "torch.distributed",
+    "tests.zoo",
+    "tests.zoo.denoisers",
+    "tests.distributed.sequences",
+    "penstock.engine.build",
+]
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (_ROOT, os.environ.get("PYTHONPATH"))))  # for the server
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(_PRELOADED)
 _TIMEOUT_S = 120.0

@@ -10,8 +10,7 @@ from tests.ranks import run_ranks
 TOLERANCE = 1e-4
 
 
-@pytest.mark.parametrize("world_size", [2, 4, 8])
-@pytest.mark.parametrize("name", ["flux", "wan"])
+@pytest.mark.parametrize(("name", "world_size"), [("wan", 2), ("flux", 4), ("wan", 8)])
 def test_every_product_of_degrees_works_or_is_refused(name: str, world_size: int) -> None:
     ranks = run_ranks(world_size, try_all, name, world_size, timeout_s=600)
     assert len(ranks[0]) == 2 * len(list(products(world_size)))

@@ -37,7 +37,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     "tensor": {"tensor_parallel_size": 2},
     "VAE": {"vae_patch_parallel_size": 2},
 }
-OF_DENOISERS = ("layerwise", "CFG", "pipeline", "Ring", "Ulysses", "tensor")
+OF_DENOISERS = ("pipeline", "Ring", "Ulysses", "tensor")  # the others ask nothing of a class
 
 
 def placed(pipeline: Any, features: Mapping[str, Any]) -> Any:
@@ -79,11 +79,8 @@ def try_denoiser(name: str) -> tuple[str, list[str]]:
     found = []
     for feature in OF_DENOISERS:
         pipeline = Guided(case.build(heads=HEADS))
-        features = FEATURES[feature]
-        if world_size(features) == 1:
-            features = {**features, "cfg_parallel_size": 2}
         try:
-            handle = placed(pipeline, features)
+            handle = placed(pipeline, FEATURES[feature])
         except ConfigError as error:
             found.append(str(error))
             continue
@@ -118,7 +115,7 @@ def pairs_table() -> list[str]:
 def denoisers_table() -> list[str]:
     rows: dict[str, list[str]] = {}
     failures = []
-    for name in CASES:
+    for name in {type(case.build()).__name__: name for name, case in reversed(CASES.items())}.values():
         try:
             ranks = run_ranks(2, try_denoiser, name, timeout_s=300)
         except RankError as error:
@@ -126,7 +123,7 @@ def denoisers_table() -> list[str]:
             continue
         assert ranks[0] == ranks[1]
         owner, found = ranks[0]
-        rows[owner] = [a or b for a, b in zip(found, rows.get(owner, found), strict=True)]
+        rows[owner] = found
     assert not failures, "\n\n".join(failures)
     lines = ["| denoiser | " + " | ".join(OF_DENOISERS) + " |", "|---" * (len(OF_DENOISERS) + 1) + "|"]
     reasons: dict[tuple[str, str], list[str]] = {}
@@ -171,7 +168,8 @@ def test_the_page_says_what_the_tests_found() -> None:
             "",
             "## Denoisers",
             "",
-            "Tiny models of the stock classes, two steps with two calls of guidance each, on two ranks.",
+            "Tiny models of the stock classes, two steps with two calls of guidance each, on two ranks. Streaming and",
+            "CFG ask nothing of a class.",
             "",
             *denoisers_table(),
             "",
