@@ -65,6 +65,7 @@ def bytes_of(module: torch.nn.Module) -> int:
 
 def load_split(folder: Path, name: str, degrees: dict[str, int], options: dict[str, Any]) -> tuple[float, float, str]:
     """On every rank: how far its picture is from the plain one, its share of the denoiser, what its report says."""
+    parallel_state.set_mesh(None)  # whatever a job before has left
     plain_pipeline = penstock.load(folder, device="cpu", offload="none", dtype=options.get("dtype", "auto"))
     plain = zoo.tensors(zoo.run(plain_pipeline, name, seed=5))
     pipeline = penstock.load(folder, device="cpu", parallel=ParallelConfig(**degrees), **options)
@@ -140,6 +141,7 @@ def test_a_denoiser_is_split_once() -> None:
 
 
 def fail_half_way() -> bool:
+    parallel_state.set_mesh(None)
     pipeline = zoo.build("wan21")
     parallel = ParallelConfig(ulysses_degree=2)
     calls = splits.apply_together
