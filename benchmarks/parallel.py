@@ -34,6 +34,7 @@ DENOISER = ("ulysses", "ring", "tensor", "diffusers-ulysses", "diffusers-ring")
 SYSTEMS = {
     "flux-bf16": (*DENOISER, "diffusers-tensor"),
     "flux-fp32": (*DENOISER, "diffusers-tensor"),
+    "flux-wide-fp32": DENOISER,
     "wan-bf16": ("cfg", *DENOISER),
     "wan-fp32": ("cfg", *DENOISER),
     "picture-fp32": ("tiles",),

@@ -60,6 +60,7 @@ BF16, FP32 = torch.bfloat16, torch.float32
 CASES = {
     "flux-bf16": Case("flux", BF16, (1, 32, 48), text=512, layers=(2, 4)),
     "flux-fp32": Case("flux", FP32, (1, 24, 24), text=192, layers=(1, 3)),
+    "flux-wide-fp32": Case("flux", FP32, (1, 24, 32), text=256, heads=24, layers=(1, 1)),
     "wan-bf16": Case("wan", BF16, (5, 16, 24), text=128, layers=(3,)),
     "wan-fp32": Case("wan", FP32, (3, 12, 16), text=128, layers=(2,)),
     "picture-fp32": Case("picture", FP32, (1, 64, 64), heads=1),
