@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Self, TypeVar
 
 from penstock.bytesize import parse_bytes
@@ -27,8 +27,9 @@ DTYPES = {
 }
 """Accepted spellings of a dtype, and the name torch gives it."""
 
-OFFLOADS = ("auto", "none", "sequential", "layerwise")
+OFFLOADS = ("auto", "none", "sequential", "layerwise", "sharded")
 LEAST = "least"
+ALL_RANKS = -1
 MAX_PREFETCH = 64
 
 _SPELLINGS = {"enable_cpu_offload": "sequential", "enable_layerwise_offload": "layerwise"}
@@ -76,7 +77,7 @@ class OffloadConfig:
     offload: str = option(
         "auto",
         "none: all weights on the device; sequential: components take turns; layerwise: blocks stream through slots; "
-        "auto: the first of these that fits.",
+        "sharded: each rank has a part of each block on its device (--use-hsdp); auto: the first of these that fits.",
         "MODE",
     )
     max_weight_memory: str | None = option(
@@ -133,10 +134,10 @@ class OffloadConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """How the work is split over ranks; 1 is off.
+    """How the work is split over ranks; 1 is off. With `use_hsdp`, how the weights are sharded over them.
 
     Raises:
-        ConfigError: for a size below 1, and for VAE ranks that do not fit the denoiser's.
+        ConfigError: for a size below 1, and for ranks of the VAE or of shards that do not fit the denoiser's.
     """
 
     data_parallel_size: int = option(1, "Groups of ranks that each make pictures of their own.", "N")
@@ -146,18 +147,71 @@ class ParallelConfig:
     ulysses_degree: int = option(1, "Ranks that trade parts of the sequence for attention heads.", "N")
     tensor_parallel_size: int = option(1, "Ranks that each hold a slice of every layer.", "N")
     vae_patch_parallel_size: int = option(1, "Ranks that the tiles of the VAE are spread over.", "N")
+    use_hsdp: bool = option(False, "Shard the weights: each rank holds a part of each block, gathered ahead of use.")
+    hsdp_shard_size: int = option(ALL_RANKS, "Ranks that hold one copy of the weights together; -1: all.", "N")
+    hsdp_replicate_size: int = option(1, "Copies of the weights among the ranks that make one picture.", "N")
 
     def __post_init__(self) -> None:
+        if not isinstance(self.use_hsdp, bool):
+            raise ConfigError(f"use_hsdp={self.use_hsdp!r} is neither True nor False. Give one of them.")
         for item in fields(self):
             value = getattr(self, item.name)
+            if item.name == "use_hsdp" or (item.name == "hsdp_shard_size" and value == ALL_RANKS):
+                continue
             if type(value) is not int or value < 1:
                 raise ConfigError(f"{item.name}={value!r} is not a whole number from 1 up. 1 switches it off.")
+        self._check_shards()
         ranks, tiles = self.denoiser_size, self.vae_patch_parallel_size
         if ranks % tiles and tiles % ranks:
             raise ConfigError(
                 f"vae_patch_parallel_size({tiles}) and {self.equation()} = {ranks} ranks: neither divides the other, "
                 f"so that tiles cannot be spread evenly. Try --vae-patch-parallel-size {math.gcd(ranks, tiles)}."
             )
+
+    def _check_shards(self) -> None:
+        """Whether copies and shards multiply to the ranks that hold the same weights."""
+        shards, replicas = self.hsdp_shard_size, self.hsdp_replicate_size
+        if not self.use_hsdp:
+            if shards != ALL_RANKS or replicas != 1:
+                raise ConfigError(
+                    f"hsdp_shard_size={shards} and hsdp_replicate_size={replicas} have no effect without use_hsdp. "
+                    "Give --use-hsdp, or leave them out."
+                )
+            return
+        holders = self.num_holders
+        if self.shard_size * replicas == holders:
+            return
+        if shards == ALL_RANKS or holders % shards:
+            advice = f"--hsdp-replicate-size 1 and --hsdp-shard-size {math.gcd(holders, max(shards, 0))}"
+        else:
+            advice = f"--hsdp-replicate-size {holders // shards}"
+        raise ConfigError(
+            f"hsdp_replicate({replicas}) * hsdp_shard({self.shard_size}) = {self.shard_size * replicas} is not "
+            f"copies({self.copies}) * cfg({self.cfg_parallel_size}) * ring({self.ring_degree}) * "
+            f"ulysses({self.ulysses_degree}) = {holders}, the ranks that hold the same weights. Try {advice}."
+        )
+
+    def for_ranks(self, world_size: int) -> Self:
+        """The same with its shards spread over all of so many ranks, where the size of a shard group is left open."""
+        others = self.data_parallel_size * self.pipeline_parallel_size * self.tensor_parallel_size
+        others *= self.hsdp_replicate_size
+        if not self.use_hsdp or self.hsdp_shard_size != ALL_RANKS or world_size % others:
+            return self
+        return replace(self, hsdp_shard_size=world_size // others)
+
+    @property
+    def shard_size(self) -> int:
+        """Ranks that hold one copy of the weights together; 1 where they are not sharded."""
+        if not self.use_hsdp:
+            return 1
+        if self.hsdp_shard_size != ALL_RANKS:
+            return self.hsdp_shard_size
+        return max(self.num_holders // self.hsdp_replicate_size, 1)
+
+    @property
+    def num_holders(self) -> int:
+        """Ranks that hold the same weights and make the same picture: `copies * cfg * ring * ulysses`."""
+        return self.copies * self.cfg_parallel_size * self.sequence_size
 
     @property
     def denoiser_size(self) -> int:
@@ -174,8 +228,13 @@ class ParallelConfig:
 
     @property
     def copies(self) -> int:
-        """Ranks that do the same denoising, so that there are enough for the VAE's tiles."""
-        return max(self.vae_patch_parallel_size // self.denoiser_size, 1)
+        """Ranks that do the same denoising, so that there are enough for the VAE's tiles, or for the shards."""
+        for_shards = 1
+        if self.use_hsdp and self.hsdp_shard_size != ALL_RANKS:
+            for_shards = (
+                self.hsdp_replicate_size * self.hsdp_shard_size // (self.cfg_parallel_size * self.sequence_size)
+            )
+        return max(self.vae_patch_parallel_size // self.denoiser_size, for_shards, 1)
 
     @property
     def sequence_size(self) -> int:

@@ -11,8 +11,9 @@ from typing import Any, Literal
 
 from penstock.profile import Role
 
-Offload = Literal["none", "sequential", "layerwise"]
-"""none: all weights stay on the device. sequential: components take turns. layerwise: blocks stream through slots."""
+Offload = Literal["none", "sequential", "layerwise", "sharded"]
+"""none: all weights stay on the device. sequential: components take turns. layerwise: blocks stream through slots.
+sharded: each rank's device has a part of every block, and gathers blocks into slots."""
 
 Residency = Literal["resident", "turn", "streamed"]
 """resident: keeps its place for good. turn: keeps it while its component runs; others may use it in between.
@@ -83,6 +84,8 @@ class Plan:
         weight_bytes: of all weights, as they are on the device.
         arena_bytes: of the one allocation in which units take their places.
         fixed_bytes: of small buffers beside it.
+        shard_bytes: of this rank's parts of blocks, beside it; 0 where parts are not on the device.
+        num_sharers: ranks that hold the weights together.
         budget_bytes: what was asked for, or None.
         least_bytes: the smallest budget that this mode and prefetch work with.
         components: in the order of the pipeline.
@@ -101,11 +104,13 @@ class Plan:
     components: tuple[ComponentPlan, ...]
     units: tuple[UnitPlan, ...]
     reason: str
+    shard_bytes: int = 0
+    num_sharers: int = 1
 
     @property
     def promised_bytes(self) -> int:
         """The most bytes of weights that will ever be on the device."""
-        return self.arena_bytes + self.fixed_bytes
+        return self.arena_bytes + self.fixed_bytes + self.shard_bytes
 
     def to_json(self) -> str:
         """One line of JSON; `from_json` reads it back."""

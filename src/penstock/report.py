@@ -132,6 +132,9 @@ class Report:
                 f"  {part.name} ({part.role}): {format_bytes(part.num_bytes)}, {format_bytes(part.device_bytes)} on "
                 f"the device while it runs{blocks}{streamed}"
             )
+        if plan.num_sharers > 1:
+            where = f"{format_bytes(plan.shard_bytes)} on the device" if plan.shard_bytes else "off the device"
+            lines.append(f"sharded over {plan.num_sharers} ranks, this rank's part {where}")
         lines.append(
             f"read {format_bytes(self.read_bytes)}, moved {format_bytes(self.moved_bytes)} in {self.num_fills} fills "
             f"({self.num_demanded} on demand), {self.fill_s:.2f} s of filling, {self.exposed_wait_s:.2f} s waited for"

@@ -80,7 +80,7 @@ def streaming(api: Cuda, prefetch: int, in_host_store: bool, monkeypatch: pytest
     """A toy pipeline streamed by the real residency and stages, through a transfer on the fake CUDA."""
     rigs: list[Rig] = []
 
-    def transfer(arena: Arena, timeline: Timeline | None) -> CudaTransfer:
+    def transfer(arena: Arena, timeline: Timeline | None, sharers: object) -> CudaTransfer:
         rigs.append(rig_of(api, arena, timeline))
         return rigs[0].transfer
 
@@ -264,6 +264,6 @@ def test_the_host_does_not_wait_for_copies_from_the_store(monkeypatch: pytest.Mo
 
 def test_the_device_decides_on_the_transfer(monkeypatch: pytest.MonkeyPatch) -> None:
     arena = Arena(PAGE, CPU)
-    transfer = streamer._transfer(arena, None)
+    transfer = streamer._transfer(arena, None, None)
     assert isinstance(transfer, HostTransfer)
     transfer.close()

@@ -94,10 +94,11 @@ def streamed(
     pipeline: Any, prefetch: int | None = 1, budget: str = "least", is_checked: bool = False, **options: Any
 ) -> Iterator[Streamer]:
     """Stream a pipeline on the CPU, each weight from memory, with a timeline."""
-    mode = options.pop("offload", "layerwise")
+    mode, sharers = options.pop("offload", "layerwise"), options.pop("sharers", None)
     config = OffloadConfig(device="cpu", offload=mode, prefetch=prefetch, max_weight_memory=budget)
     planned = plan_pipeline(pipeline, config, CPU, lambda *_: None, **options)
-    streamer = Streamer(pipeline, planned.partition, planned.plan, Settings(is_checked=is_checked), Timeline())
+    settings = Settings(is_checked=is_checked, sharers=sharers)
+    streamer = Streamer(pipeline, planned.partition, planned.plan, settings, Timeline())
     streamer.install()
     try:
         yield streamer

@@ -28,6 +28,9 @@ def test_stored_units_are_the_weights_as_they_lie_on_the_device(tmp_path: Path, 
         store.put(source_of(pieces, layout, reader), layout.num_bytes)
         for pieces, layout in zip(units, layouts, strict=True)
     ]
+    told: list[tuple[int, int]] = []
+    store.finish(lambda done, total: told.append((done, total)))
+    assert told[-1][0] == told[-1][1] == sum(part for part in (piece.num_bytes for unit in units for piece in unit))
     whole = [[expected(piece) for piece in pieces] for pieces in units]
     reader.close()
     file.unlink()  # read once, and never again
@@ -52,7 +55,9 @@ def test_stored_files_are_read_exactly_once(tmp_path: Path) -> None:
         Piece(FileRange(file, 4 * PAGE_BYTES, PAGE_BYTES), Cast(torch.float32, torch.float16), 2),
     ]
     layout, reader = packed(pieces), FileReader()
-    unit = HostStore(layout.num_bytes, is_pinned=False).put(source_of(pieces, layout, reader), layout.num_bytes)
+    store = HostStore(layout.num_bytes, is_pinned=False)
+    unit = store.put(source_of(pieces, layout, reader), layout.num_bytes)
+    store.finish()
     for piece, position in zip(pieces, layout.positions, strict=True):
         assert unit.memory[position : position + piece.num_bytes].numpy().tobytes() == expected(piece)
     for _ in range(3):
@@ -61,15 +66,22 @@ def test_stored_files_are_read_exactly_once(tmp_path: Path) -> None:
     reader.close()
 
 
-def test_a_unit_that_cannot_be_read_takes_no_room(tmp_path: Path) -> None:
-    good, short = file_of(tmp_path / "1.safetensors", 800), file_of(tmp_path / "2.safetensors", 100)
+def test_a_unit_that_cannot_be_read_is_an_error_in_the_end(tmp_path: Path) -> None:
+    short = file_of(tmp_path / "2.safetensors", 100)
     reader = FileReader()
-    pieces = {file: [Piece(FileRange(file, 0, 800))] for file in (good, short)}
-    layout = packed(pieces[good])
+    pieces = [Piece(FileRange(short, 0, 800))]
+    layout = packed(pieces)
     store = HostStore(layout.num_bytes, is_pinned=False)
+    store.put(source_of(pieces, layout, reader), layout.num_bytes)
     with pytest.raises(WeightsError, match=r"2\.safetensors: ends at byte 100, 700 bytes too soon"):
-        store.put(source_of(pieces[short], layout, reader), layout.num_bytes)
-    unit = store.put(source_of(pieces[good], layout, reader), layout.num_bytes)
-    assert unit.memory.numel() == layout.num_bytes
-    assert unit.memory[layout.positions[0] :][:800].numpy().tobytes() == good.read_bytes()
+        store.finish()
     reader.close()
+
+
+def test_what_stays_on_another_device_leaves_the_hosts_memory() -> None:
+    store = HostStore(4 * PAGE_BYTES, is_pinned=False, device=torch.device("meta"))
+    unit = store.put(source_of([], packed([]), FileReader()), PAGE_BYTES)
+    assert unit.memory.device.type == "cpu"
+    store.finish()
+    assert unit.memory.device.type == "meta" and unit.memory.numel() == PAGE_BYTES
+    store.close()

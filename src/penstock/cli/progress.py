@@ -5,6 +5,7 @@ Owns what is drawn on standard error. Standard output stays free for results.
 
 from __future__ import annotations
 
+import time
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -36,6 +37,7 @@ class Bars:
         )
         self._num_items = num_items
         self._load: TaskID | None = None
+        self._begun_s = time.monotonic()
         self._stage: tuple[int, int] | None = None
         self._steps: TaskID | None = None
 
@@ -56,10 +58,12 @@ class Bars:
 
     def loading(self, event: LoadEvent) -> None:
         """Draw how much of the model is loaded."""
-        state = f"{event.done_bytes / _MIB:,.1f} of {event.total_bytes / _MIB:,.1f} MiB {event.component}"
+        rate = event.done_bytes / _MIB / max(time.monotonic() - self._begun_s, 1e-3)
+        state = f"{event.done_bytes / _MIB:,.1f} of {event.total_bytes / _MIB:,.1f} MiB, {rate:,.0f} MiB/s "
+        state += event.component
         if self._load is None:
             self._load = self._progress.add_task("loading", total=event.total_bytes, state=state)
-        self._progress.update(self._load, completed=event.done_bytes, state=state)
+        self._progress.update(self._load, completed=event.done_bytes, total=event.total_bytes, state=state)
         if not event.component:
             self._progress.refresh()
             self._progress.remove_task(self._load)

@@ -20,7 +20,7 @@ from penstock.distributed.group import Group, Traffic
 from penstock.errors import ConfigError
 
 AXES = tuple(ParallelConfig().axes())
-_JOINED = ("sequence", "vae", "replica", "world")
+_JOINED = ("sequence", "vae", "shard", "replicate", "replica", "world")
 _MESHES: dict[Any, Mesh] = {}
 
 
@@ -32,7 +32,8 @@ class Mesh:
         config: the degrees.
         device_mesh: torch's, with those of `AXES` that are split; None in a single process without ranks.
         groups: by axis; besides these `sequence` (ring and ulysses together), `vae` (neighbouring ranks that share
-            the tiles), `replica` (all ranks that make one picture together) and `world`.
+            the tiles), `shard` (ranks that hold one copy of the weights together), `replicate` (ranks with the same
+            shard), `replica` (all ranks that make one picture together) and `world`.
     """
 
     config: ParallelConfig
@@ -59,7 +60,7 @@ def build_mesh(config: ParallelConfig, device_type: str) -> Mesh:
 
     Cost: every rank must call it; torch makes one communicator per group of more than one rank.
     """
-    require_ranks(config, dist.get_world_size() if dist.is_initialized() else 1)
+    require_ranks(config, num_running())
     if not dist.is_initialized():
         return alone()
     for world, *rest in [key for key in _MESHES if key[0] is not dist.group.WORLD]:
@@ -86,19 +87,36 @@ def _build(config: ParallelConfig, device_type: str) -> Mesh:
         "sequence": ranks.movedim(-1, 0).reshape(-1, config.sequence_size),
         "vae": ranks.view(-1, config.vae_patch_parallel_size),
         "replica": ranks.view(config.data_parallel_size, -1),
+        **_shards(config, ranks),
     }
     for name, row in rows.items():
         own = tuple(next(line for line in row.tolist() if rank in line))
         same = next((group for group in groups.values() if group.ranks == own), None)
-        if same is None:
+        if same is None or (name == "shard" and len(own) > 1):  # which gathers while the others exchange
             groups[name] = _group(name, DeviceMesh(device_type, row, mesh_dim_names=("others", name))[name])
         else:
             groups[name] = Group(name, same.rank, own, same.process_group)
     return Mesh(config, whole, groups)
 
 
+def _shards(config: ParallelConfig, ranks: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The groups that share, and that repeat, shards: within the ranks that have the same stage and the same slices."""
+    order = [list(config.axes()).index(axis) for axis in ("data", "pipeline", "tensor")]
+    holders = ranks.movedim(order, (0, 1, 2)).reshape(-1, config.num_holders)
+    shards = holders.reshape(-1, config.shard_size)
+    if not config.use_hsdp:
+        return {"shard": shards, "replicate": shards}
+    by_copy = holders.view(-1, config.hsdp_replicate_size, config.shard_size)
+    return {"shard": shards, "replicate": by_copy.movedim(1, 2).reshape(-1, config.hsdp_replicate_size)}
+
+
 def _group(name: str, line: DeviceMesh) -> Group:
     return Group(name, line.get_local_rank(), tuple(line.mesh.tolist()), line.get_group())
+
+
+def num_running() -> int:
+    """Ranks that have met: of torch's default group."""
+    return int(dist.get_world_size()) if dist.is_initialized() else 1
 
 
 def require_ranks(config: ParallelConfig, world_size: int) -> None:

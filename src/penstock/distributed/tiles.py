@@ -121,10 +121,17 @@ class _Tiles:
             device = next(leaf.device for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
             run = _Run(self._vae, self._group, plan, device)
             loop = partial(stock, *args, **kwargs)
+            _wake(self._vae)
             samples = run.exchange(run.compute(loop))
             return run.replay(loop, samples)
         finally:
             self._is_running = False
+
+
+def _wake(vae: nn.Module) -> None:
+    """Read a little of each weight: those that ranks gather come now, on ranks without tiles of their own as well."""
+    for weight in (*vae.parameters(), *vae.buffers()):
+        weight[:0] if weight.ndim else weight.item()
 
 
 class _Run:

@@ -37,6 +37,7 @@ from penstock.plan import Plan
 from penstock.weights.index import TensorRecord
 from penstock.weights.ranges import FileRange, Range
 
+_INTO_MEMORY = "into memory"
 _NOTES: WeakKeyDictionary[Any, ModelNotes] = WeakKeyDictionary()
 
 
@@ -45,9 +46,10 @@ class LoadEvent:
     """A component is about to be loaded, or all are done.
 
     Attributes:
-        component: its name; empty once all are loaded.
-        done_bytes: bytes of the components loaded so far, as their files hold them.
-        total_bytes: of all components.
+        component: its name; `into memory` while what streams from there (this rank's part of it) is read; empty once
+            all are loaded.
+        done_bytes: bytes of the components loaded so far, as their files hold them; or of what was read.
+        total_bytes: of all components; or of what is to be read.
     """
 
     component: str
@@ -161,7 +163,8 @@ def _plan(skeleton: Skeleton, config: LoadConfig, dtype: torch.dtype, mesh: Mesh
         return FileRange(record.file, record.offset, num_bytes) if record else None
 
     try:
-        return plan_pipeline(skeleton.pipeline, config, torch.device(machine.device), locate, dtypes(), machine).plan
+        device, num_sharers = torch.device(machine.device), mesh["shard"].size
+        return plan_pipeline(skeleton.pipeline, config, device, locate, dtypes(), machine, num_sharers).plan
     finally:
         split.run()
 
@@ -218,12 +221,14 @@ def fill(prepared: Prepared, on_progress: Callable[[LoadEvent], None] | None = N
     _NOTES[pipeline] = prepared.notes
     for note in skeleton.notes:
         warnings.warn(note, UserWarning, stacklevel=2)
-    _place(prepared, pipeline, modules, trace)
+    _place(prepared, pipeline, modules, trace, report)
     report(LoadEvent(component="", done_bytes=done_bytes, total_bytes=done_bytes))
     return pipeline
 
 
-def _place(prepared: Prepared, pipeline: Any, modules: dict[str, Any], trace: bool) -> None:
+def _place(
+    prepared: Prepared, pipeline: Any, modules: dict[str, Any], trace: bool, report: Callable[[LoadEvent], None]
+) -> None:
     """Place a loaded pipeline as its plan says, whatever has become of the machine's free memory since."""
     plan = prepared.plan
     budget = None if plan.budget_bytes is None else str(plan.budget_bytes)
@@ -231,14 +236,18 @@ def _place(prepared: Prepared, pipeline: Any, modules: dict[str, Any], trace: bo
         device=str(prepared.device),
         offload=plan.offload,
         max_weight_memory=budget if plan.offload != "none" else None,
-        prefetch=plan.prefetch if plan.offload == "layerwise" else None,
+        prefetch=plan.prefetch if plan.offload in ("layerwise", "sharded") else None,
         prompt_cache=prepared.config.prompt_cache,
         check=prepared.config.check and plan.offload != "none",
     )
     is_stored = plan.offload != "none" or prepared.has_split_weights  # else the libraries have cast the weights
     dtypes = _dtypes(modules.values() if is_stored else (), prepared.dtype)
     parallel = prepared.parallel if prepared.parallel.world_size > 1 else None
-    place(pipeline, config, parallel, dtypes=dtypes, trace=trace, reason=plan.reason)
+
+    def on_read(done_bytes: int, total_bytes: int) -> None:
+        report(LoadEvent(component=_INTO_MEMORY, done_bytes=done_bytes, total_bytes=total_bytes))
+
+    place(pipeline, config, parallel, dtypes=dtypes, trace=trace, reason=plan.reason, on_read=on_read)
 
 
 def notes_of(pipeline: Any) -> ModelNotes:

@@ -19,26 +19,26 @@ from torch import nn
 from penstock.config import OffloadConfig, ParallelConfig, config_of
 from penstock.distributed.mesh import Mesh
 from penstock.engine.plans import Dtypes, Planned, plan_pipeline
-from penstock.engine.ranks import agreed, join_ranks, shared_machine, watched
+from penstock.engine.ranks import agreed, join_ranks, require_alike, shared_machine, watched
+from penstock.engine.settings import notes_of_plan, settings_of
 from penstock.engine.splits import check_splits, split_weights, split_work
 from penstock.engine.traffic import counted, traffic_since
 from penstock.errors import ConfigError, NotAPipelineError, PenstockError
 from penstock.machine import Machine
 from penstock.models.components import discover
 from penstock.offload.prompts import PromptCache
-from penstock.offload.streamer import Settings, Streamer
+from penstock.offload.streamer import Streamer
 from penstock.offload.units import Locate
 from penstock.planner.solve import budget_for
 from penstock.report import Report, UnitReport, ZeroStall
 from penstock.timeline import Timeline
 from penstock.undo import Undo
+from penstock.weights.host import Progress
 from penstock.weights.maps import MappedFiles
-from penstock.weights.ranges import FileRange, Range
+from penstock.weights.ranges import Range
 
 _HANDLE = "_penstock_placed"  # the attribute of a pipeline that leads to what is placed on it
 _OWNERS: WeakKeyDictionary[nn.Module, ReferenceType[Placed]] = WeakKeyDictionary()  # by module
-_DIRECT_SHARE = 0.5  # of free host memory: files larger than this are read past the page cache
-_STORE_SHARE = 0.6  # of free host memory that pinned weights may take
 
 
 @dataclass(frozen=True)
@@ -104,6 +104,12 @@ class Placed:
                 pipeline.to(device)
         self._prompts.install()
         self._split.work.add(split_work(pipeline, self.mesh).run)
+
+    def layouts(self) -> str:
+        """Where every byte of every unit is, which ranks that hold weights together must see alike."""
+        tenants = self._streamer.tenants if self._streamer else ()
+        places = [(tenant.name, tenant.plan.begin, tenant.layout.positions) for tenant in tenants]
+        return f"{self.plan.to_json()} {places}"
 
     def report(self) -> Report:
         """The effective configuration, and what was measured so far.
@@ -241,6 +247,7 @@ def place(
     dtypes: Callable[[], Dtypes] = dict,
     trace: bool = False,
     reason: str | None = None,
+    on_read: Progress | None = None,
 ) -> Placed:
     """Place a pipeline as configured.
 
@@ -251,6 +258,7 @@ def place(
         dtypes: gives, by the tensor's id, the dtype wanted on the device; as it is where left out.
         trace: keep a timeline.
         reason: why this configuration, where it was chosen before.
+        on_read: told of the bytes of weights that are read before the first run.
 
     Raises:
         ConfigError: for what cannot work.
@@ -266,8 +274,9 @@ def place(
         machine = shared_machine(device, mesh)
         split = agreed(mesh["world"], partial(_split, pipeline, mesh, dtypes))
         try:
-            made = partial(_made, pipeline, config, split, machine, reason, Timeline() if trace else None)
-            placed = agreed(mesh["world"], made)
+            made = partial(_made, pipeline, config, split, machine, on_read)
+            placed = agreed(mesh["world"], partial(made, reason=reason, timeline=Timeline() if trace else None))
+            require_alike(mesh, placed.layouts())
         except (PenstockError, torch.OutOfMemoryError):
             split.weights.run()
             raise
@@ -289,19 +298,27 @@ def _split(pipeline: Any, mesh: Mesh, dtypes: Callable[[], Dtypes]) -> _Split:
 
 
 def _made(
-    pipeline: Any, config: OffloadConfig, split: _Split, machine: Machine, reason: str | None, timeline: Timeline | None
+    pipeline: Any,
+    config: OffloadConfig,
+    split: _Split,
+    machine: Machine,
+    on_read: Progress | None,
+    *,
+    reason: str | None,
+    timeline: Timeline | None,
 ) -> Placed:
     """Plan, and allocate what was planned; nothing is changed yet."""
     device = torch.device(machine.device)
-    planned = plan_pipeline(pipeline, config, device, _in_memory(), split.dtypes(), machine)
+    shard = split.mesh["shard"]
+    planned = plan_pipeline(pipeline, config, device, _in_memory(), split.dtypes(), machine, shard.size)
     if reason is not None:
         planned = replace(planned, plan=replace(planned.plan, reason=reason))
     streamer = None
     if planned.plan.offload != "none":
-        settings = _settings(planned, config, machine)
+        settings = settings_of(planned, config, machine, shard, on_read)
         streamer = Streamer(pipeline, planned.partition, planned.plan, settings, timeline)
     prompts = PromptCache(pipeline, config.prompt_cache_bytes)
-    return Placed(pipeline, planned, split, streamer, prompts, tuple(_notes(planned, config, device)))
+    return Placed(pipeline, planned, split, streamer, prompts, tuple(notes_of_plan(planned, config)))
 
 
 def _cast(pipeline: Any, dtypes: Dtypes) -> None:
@@ -353,43 +370,6 @@ def _in_memory() -> Locate:
         return files.locate(tensor.data_ptr(), num_bytes, tensor.dtype)
 
     return locate
-
-
-def _settings(planned: Planned, config: OffloadConfig, machine: Machine) -> Settings:
-    free, device = machine.host_free_bytes, torch.device(machine.device)
-    moving = {unit.name for unit in planned.plan.units if unit.residency != "resident"}
-    units = [unit for unit in planned.partition.units if unit.name in moving]
-    in_files = sum(
-        piece.range.num_bytes for unit in units for piece in unit.pieces if isinstance(piece.range, FileRange)
-    )
-    on_device = sum(piece.num_bytes for unit in units for piece in unit.pieces)
-    return Settings(
-        is_direct=in_files > _DIRECT_SHARE * free,
-        in_host_store=device.type == "cuda" and on_device <= _STORE_SHARE * free,
-        is_checked=config.check,
-    )
-
-
-def _notes(planned: Planned, config: OffloadConfig, device: torch.device) -> list[str]:
-    if planned.plan.offload == "none":
-        return [
-            f"{name} has nothing to act on: nothing streams ({planned.plan.reason})"
-            for name in ("check", "prefetch")
-            if getattr(config, name)
-        ]
-    if device.type != "cpu":
-        return []
-    in_memory = sum(
-        piece.range.num_bytes
-        for unit in planned.partition.units
-        for piece in unit.pieces
-        if not isinstance(piece.range, FileRange)
-    )
-    if not in_memory:
-        return []
-    return [
-        f"{in_memory} bytes of weights were cast, made or changed in memory: on the CPU, streaming these saves none"
-    ]
 
 
 def _device_of(pipeline: Any) -> torch.device:

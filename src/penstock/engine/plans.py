@@ -47,6 +47,7 @@ def plan_pipeline(
     locate: Locate,
     dtypes: Dtypes | None = None,
     machine: Machine | None = None,
+    num_sharers: int = 1,
 ) -> Planned:
     """Decide where the weights of a pipeline go.
 
@@ -57,6 +58,7 @@ def plan_pipeline(
         locate: where a weight is stored.
         dtypes: by the tensor's id, the dtype wanted on the device; as it is where left out.
         machine: the memory there is; read now where left out.
+        num_sharers: ranks that hold the weights together.
 
     Raises:
         ConfigError: for what cannot work, with numbers.
@@ -71,6 +73,13 @@ def plan_pipeline(
     weight_bytes = _weight_bytes(components, dtypes or {})
     budget = config.budget_bytes
     modes = _modes(pipeline, config, components, device)
+    if num_sharers > 1:
+        modes = ["sharded" if mode == "none" else mode for mode in modes if mode != "sequential" or mode == modes[0]]
+    elif modes == ["sharded"]:
+        raise ConfigError(
+            "offload='sharded': one rank holds all weights, and has nobody to share them with. Give --use-hsdp and "
+            "--hsdp-shard-size N, or --offload layerwise."
+        )
     if config.offload == "auto" and config.max_weight_memory is None:
         budget = int(_share(device) * (machine.device_free_bytes or machine.host_free_bytes))
     if modes[0] == "none":
@@ -81,10 +90,12 @@ def plan_pipeline(
         raise ConfigError(_unstreamable(pipeline, weight_bytes, budget))
     prefetch = _PREFETCH if config.prefetch is None else config.prefetch
     for mode in modes:
-        partition = take_apart(components, locate, is_layerwise=mode == "layerwise", dtypes=dtypes)
-        demands = demands_of(partition, mode, device, _reason(config, weight_bytes, budget))
+        partition = take_apart(components, locate, is_layerwise=mode != "sequential", dtypes=dtypes)
+        demands = demands_of(partition, mode, device, _reason(config, mode, weight_bytes, budget), num_sharers)
         if mode == modes[-1] or budget is None or least_bytes(demands, prefetch) <= budget:
             break
+    if mode == "sharded" and config.max_weight_memory is None:
+        budget = None  # the least: gathered blocks stay only where somebody says how much they may take
     plan = solve(demands, budget, prefetch)
     _require_room(plan, machine)
     return Planned(partition, demands, plan)
@@ -114,9 +125,11 @@ def _share(device: torch.device) -> float:
     return _HOST_SHARE if device.type == "cpu" else _DEVICE_SHARE
 
 
-def _reason(config: OffloadConfig, weight_bytes: int, budget: int | None) -> str:
+def _reason(config: OffloadConfig, mode: Offload, weight_bytes: int, budget: int | None) -> str:
     if config.offload != "auto":
         return "as asked for"
+    if mode == "sharded":
+        return "auto: shards fit on the devices"
     if budget is None:
         return "auto: the least memory"
     of = "asked for" if config.max_weight_memory else "free for weights"
@@ -166,7 +179,9 @@ def _planned_none(
     return Planned(Partition([], None, []), demands, plan)
 
 
-def demands_of(partition: Partition, mode: Offload, device: torch.device, reason: str = "") -> Demands:
+def demands_of(
+    partition: Partition, mode: Offload, device: torch.device, reason: str = "", num_sharers: int = 1
+) -> Demands:
     """What a partition asks of a device, in bytes.
 
     Args:
@@ -174,10 +189,11 @@ def demands_of(partition: Partition, mode: Offload, device: torch.device, reason
         mode: which of these.
         device: whose layout counts.
         reason: why this mode.
+        num_sharers: ranks that hold the weights together.
     """
 
     def size(unit: Unit) -> tuple[str, int]:
-        return unit.name, layout_of(unit, device).num_bytes
+        return unit.name, layout_of(unit, device, num_sharers).num_bytes
 
     permanent = [unit for part in partition.components if part.role == "resident" for unit in part.units]
     if partition.shared is not None:
@@ -198,6 +214,7 @@ def demands_of(partition: Partition, mode: Offload, device: torch.device, reason
         permanent=tuple(size(unit) for unit in permanent),
         fixed_bytes=partition.fixed_bytes,
         alignment_bytes=PAGE_BYTES if device.type == "cpu" else ALIGNMENT_BYTES,
+        num_sharers=num_sharers,
         reason=reason,
     )
 

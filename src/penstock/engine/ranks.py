@@ -5,6 +5,7 @@ Owns what ranks decide together before a pipeline runs. Does not know how its wo
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -13,9 +14,9 @@ from typing import Any, TypeVar
 import torch
 
 from penstock.config import OffloadConfig, ParallelConfig
-from penstock.distributed.environment import read_environment, start
+from penstock.distributed.environment import RankEnvironment, read_environment, start
 from penstock.distributed.group import Group
-from penstock.distributed.mesh import Mesh, alone, build_mesh, require_ranks
+from penstock.distributed.mesh import Mesh, alone, build_mesh, num_running, require_ranks
 from penstock.distributed.watch import current_watch
 from penstock.engine.placement import choose_device
 from penstock.errors import ConfigError, PenstockError
@@ -38,6 +39,8 @@ def join_ranks(config: OffloadConfig, parallel: ParallelConfig | None) -> tuple[
     """
     device = choose_device(config)
     environment = read_environment() if parallel else None
+    if parallel is not None:
+        parallel = _for_running(parallel, environment)
     if parallel is None or (environment is None and parallel.world_size == 1):
         return device, alone()
     if device.type not in ("cpu", "cuda"):
@@ -55,7 +58,23 @@ def join_ranks(config: OffloadConfig, parallel: ParallelConfig | None) -> tuple[
                 "of its own. Give cuda."
             )
         device = own
-    return device, build_mesh(parallel, device.type)
+    with _watched(tuple(range(parallel.world_size))):
+        return device, build_mesh(parallel, device.type)
+
+
+def _for_running(parallel: ParallelConfig, environment: RankEnvironment | None) -> ParallelConfig:
+    """The degrees for the ranks that there are, where a size was left open.
+
+    Raises:
+        ConfigError: for weights that are to be sharded over one rank.
+    """
+    parallel = parallel.for_ranks(environment.world_size if environment else num_running())
+    if parallel.use_hsdp and parallel.world_size == 1:
+        raise ConfigError(
+            "use_hsdp: 1 rank has nobody to share weights with. Start more (--hsdp-shard-size 2, or torchrun), or let "
+            "the weights stream: --offload layerwise."
+        )
+    return parallel
 
 
 def shared_machine(device: torch.device, mesh: Mesh) -> Machine:
@@ -91,11 +110,44 @@ def shared_machine(device: torch.device, mesh: Mesh) -> Machine:
     )
 
 
+def require_alike(mesh: Mesh, layouts: str) -> None:
+    """Refuse to gather weights that the ranks have laid out differently.
+
+    Args:
+        mesh: whose `shard` axis holds weights together.
+        layouts: tells where everything is.
+
+    Raises:
+        ConfigError: on all ranks where some of those differ.
+
+    Cost: one small exchange, where weights are sharded.
+    """
+    shard, world = mesh["shard"], mesh["world"]
+    if mesh.config.shard_size == 1:
+        return
+    digest = torch.frombuffer(bytearray(hashlib.blake2b(layouts.encode(), digest_size=8).digest()), dtype=torch.int64)
+    digests = [int(item) for item in world.all_gather(digest)]
+    strange = [rank for rank in shard.ranks if digests[rank] != digests[shard.ranks[0]]]
+
+    def refuse() -> None:
+        if strange:
+            raise ConfigError(
+                f"rank {strange[0]} lays out its weights differently from rank {shard.ranks[0]}, and both are to hold "
+                f"them together, hsdp_shard({shard.size}). Give all ranks the same files, options and versions."
+            )
+
+    agreed(world, refuse)
+
+
 def watched(mesh: Mesh) -> AbstractContextManager[Any]:
     """A context in which no rank waits for one that has failed; does nothing on one rank."""
-    if mesh["world"].size == 1:
+    return _watched(mesh["world"].ranks)
+
+
+def _watched(ranks: tuple[int, ...]) -> AbstractContextManager[Any]:
+    if len(ranks) == 1:
         return nullcontext()
-    return current_watch(mesh["world"].ranks) or nullcontext()
+    return current_watch(ranks) or nullcontext()
 
 
 def agreed(world: Group, step: Callable[[], T]) -> T:

@@ -42,7 +42,7 @@ def check_splits(pipeline: Any, parallel: ParallelConfig) -> None:
         ConfigError: with the class, the reason, and what to do instead.
     """
     denoisers = _modules(pipeline, "denoiser")
-    if parallel.denoiser_size > 1 and not denoisers:
+    if (parallel.denoiser_size > 1 or parallel.use_hsdp) and not denoisers:
         raise ConfigError(
             f"{parallel.equation()}: {type(pipeline).__name__} has no denoiser that could be found, so that there is "
             "nothing to split. Declare _dit_modules on its class, or leave the degrees at 1."
@@ -126,12 +126,17 @@ def split_work(pipeline: Any, mesh: Mesh) -> Undo:
         undo.add(_use(mesh))
         for denoiser in _modules(pipeline, "denoiser"):
             undo.add(apply_sequences(denoiser, mesh).run)
-            undo.add(apply_guidance(denoiser, mesh["cfg"]).run)
+            undo.add(apply_guidance(denoiser, mesh["cfg"], lockstep=_shares_weights(mesh)).run)
         if mesh["vae"].size > 1:
             for vae in _tiled_vaes(pipeline, mesh["vae"].size):
                 undo.add(apply_tiles(vae, mesh["vae"]).run)
         undo.add(apply_together(pipeline, mesh).run)
     return undo
+
+
+def _shares_weights(mesh: Mesh) -> bool:
+    """Whether ranks that make different calls of guidance hold weights together."""
+    return len(set(mesh["cfg"].ranks) & set(mesh["shard"].ranks)) > 1
 
 
 def _use(mesh: Mesh) -> Callable[[], None]:

@@ -1,8 +1,9 @@
 """Transfers on CUDA: a copy stream beside the compute stream, ordered by events; the host waits for neither.
 
 Weights in the host store move with one copy per unit. Weights in files go through a ring of pinned chunks, filled by
-reader threads and copied chunk by chunk. The arena lives as long as the transfers, so that no allocator needs to be
-told which stream uses it.
+reader threads and copied chunk by chunk. Of weights that ranks have in parts, each rank copies its own, and all gather
+them on the copy stream; the reader's thread asks for all of these, so that every rank does in one order. The arena
+lives as long as the transfers, so that no allocator needs to be told which stream uses it.
 
 Source: the CUDA programming guide on streams and events; the ready and free events of Lightricks' block streaming.
 """
@@ -18,10 +19,11 @@ from typing import Any
 
 import torch
 
-from penstock.offload.transfer import Ticket
+from penstock.offload.transfer import Ticket, require_alone
 from penstock.timeline import Timeline
 from penstock.weights.host import StoredSource
 from penstock.weights.memory import Arena, HostMemory
+from penstock.weights.shards import ShardSource
 from penstock.weights.sources import PART_BYTES, Part, Source
 
 _NUM_CHUNKS = 4
@@ -61,6 +63,7 @@ class CudaTransfer:
         self._busy_s = 0.0
         self.moved_bytes = 0
         self.num_lanes = 1
+        self._num_shared = 0
 
     @property
     def busy_s(self) -> float:
@@ -77,6 +80,9 @@ class CudaTransfer:
         free = self._api.Event()
         free.record(self._api.current_stream(self._device))
         ready = self._api.Event(enable_timing=True)
+        if isinstance(source, ShardSource):
+            gathering = self._pool.submit(self._gather, name, source, begin, (free, ready))
+            return Ticket(name, (gathering, ready), is_shared=True)
         if isinstance(source, StoredSource):
             self._copies.wait_event(free)
             begun = self._api.Event(enable_timing=True)
@@ -99,16 +105,21 @@ class CudaTransfer:
     def cancel(self, ticket: Ticket) -> None:
         """Let what was begun finish; copies of later fills come behind it on the stream anyway."""
         reading, _ = ticket.work
-        if reading is not None and not reading.cancel():
+        if reading is not None and (ticket.is_shared or not reading.cancel()):
             reading.exception()
 
     def is_done(self, ticket: Ticket) -> bool:
         """Whether no reader is at it; copies that were begun are followed by later ones on their stream."""
         reading, _ = ticket.work
-        return reading is None or bool(reading.done())
+        return reading is None or (not ticket.is_shared and bool(reading.done()))
 
     def drain(self) -> None:
-        """Drop what is queued, and wait for the reader; the stream keeps copies in order."""
+        """Drop what is queued, and wait for the reader; the stream keeps copies in order.
+
+        Raises:
+            GenerationError: where ranks gather, and the others may be elsewhere.
+        """
+        require_alone(self._num_shared)
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="penstock-reader")
 
@@ -135,11 +146,34 @@ class CudaTransfer:
         read, shall not stand behind it.
         """
         free, ready = events
+        self._copies.wait_event(free)
+        self._read_chunks(name, parts, begin)
+        ready.record(self._copies)
+
+    def _gather(self, name: str, source: ShardSource, begin: int, events: tuple[Any, Any]) -> None:
+        """Runs on the reader's thread: bring this rank's part to its place, then gather all of them."""
+        free, ready = events
+        self._num_shared += 1
+        self._copies.wait_event(free)
+        first = begin + source.begin
+        own = self._arena.tensor[first : first + source.part_bytes]
+        if not isinstance(source.own, StoredSource):
+            self._read_chunks(name, source.own.parts, first)
+        elif source.own.memory.device == self._device:
+            own = source.own.memory
+        else:
+            self._copy(source.own.memory, first)
+        with self._api.stream(self._copies):
+            source.sharers.gather_into(self._arena.tensor[begin : begin + source.num_bytes], own)
+        with self._lock:
+            self.moved_bytes += source.num_bytes - source.part_bytes
+        ready.record(self._copies)
+
+    def _read_chunks(self, name: str, parts: Sequence[Part], begin: int) -> None:
         if self._chunks is None:
             self._chunks = queue.SimpleQueue()
             for _ in range(_NUM_CHUNKS):
                 self._chunks.put((self._make_memory(_CHUNK_BYTES), None))
-        self._copies.wait_event(free)
         for group in _groups(parts):
             begun_s = time.perf_counter()
             first, last = group[0].position, group[-1].position + group[-1].num_bytes
@@ -156,7 +190,6 @@ class CudaTransfer:
             finally:
                 self._chunks.put((chunk, copied))
             self._note(name, begun_s, last - first)
-        ready.record(self._copies)
 
     def _note(self, name: str, begun_s: float, num_bytes: int) -> None:
         ended_s = time.perf_counter()

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from penstock.errors import UsageError
 from penstock.offload.units import ComponentUnits, Partition, Weight
 
 
@@ -51,6 +52,11 @@ class _Show:
         for weight in self._weights:
             self._shown.append((weight, weight.table.get(weight.key)))
             stored = weight.original
+            if not stored.numel():  # those without elements are in no unit
+                raise UsageError(
+                    f"{weight.name} is sharded over ranks, and no rank has all of it: call remove() on what "
+                    "penstock.apply returned, on all ranks, before its state is taken."
+                )
             if stored.dtype != weight.dtype:
                 if id(stored) not in casts:
                     casts[id(stored)] = nn.Parameter(stored.detach().to(weight.dtype), requires_grad=False)

@@ -14,7 +14,9 @@ import torch
 
 from penstock.offload.clock import StepClock
 from penstock.offload.cuda import CudaTransfer
+from penstock.offload.gather import GatherTransfer
 from penstock.offload.guards import guard
+from penstock.offload.released import is_in_memory, let_go
 from penstock.offload.residency import Residency, Tenant
 from penstock.offload.stage import Stage
 from penstock.offload.states import whole_states
@@ -23,17 +25,21 @@ from penstock.offload.units import Partition, Unit
 from penstock.plan import Plan
 from penstock.timeline import Timeline
 from penstock.undo import Undo
-from penstock.weights.host import HostStore
+from penstock.weights.host import HostStore, Progress
 from penstock.weights.layout import Layout, packed, paged
 from penstock.weights.memory import Arena
 from penstock.weights.proof import Proof
+from penstock.weights.ranges import ALIGNMENT_BYTES, PAGE_BYTES
 from penstock.weights.reader import FileReader
+from penstock.weights.shards import Cut, ShardSource, Sharers, cut, padded
 from penstock.weights.sources import Source, source_of
 
 
-def layout_of(unit: Unit, device: torch.device) -> Layout:
-    """How a unit lies on a device."""
-    return paged(unit.pieces) if device.type == "cpu" else packed(unit.pieces)
+def layout_of(unit: Unit, device: torch.device, num_sharers: int = 1) -> Layout:
+    """How a unit lies on a device, so that as many ranks can hold equal parts of it."""
+    if device.type == "cpu":
+        return padded(paged(unit.pieces, num_sharers > 1), num_sharers, PAGE_BYTES)
+    return padded(packed(unit.pieces), num_sharers, ALIGNMENT_BYTES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,11 +50,15 @@ class Settings:
         is_direct: read files past the page cache.
         in_host_store: keep what streams in (pinned) host memory and read each file once.
         is_checked: hash every fill and poison what is given up.
+        sharers: the ranks that hold the weights together; None where each has all of its own.
+        on_read: told of what is read before the first run.
     """
 
     is_direct: bool = False
     in_host_store: bool = False
     is_checked: bool = False
+    sharers: Sharers | None = None
+    on_read: Progress | None = None
 
 
 class Streamer:
@@ -74,38 +84,62 @@ class Streamer:
         self.plan = plan
         self.timeline = timeline
         device = torch.device(plan.device)
+        self._settings = settings
         self.arena = Arena(plan.arena_bytes, device)
-        proof = Proof(self.arena) if settings.is_checked else None
-        if proof is not None:
+        self._proof = Proof(self.arena) if settings.is_checked else None
+        if self._proof is not None:
             self.arena.poison(0, plan.arena_bytes)
         self.reader = FileReader(settings.is_direct)
-        self.transfer: Transfer = _transfer(self.arena, timeline)
+        self.transfer: Transfer = _transfer(self.arena, timeline, settings.sharers)
         self.store: HostStore | None = None
         self.host_bytes = 0
         with ExitStack() as made:  # closed again where a source cannot be made
             made.callback(self.reader.close)
             made.callback(self.transfer.close)
-            tenants = self._tenants(partition, device, settings.in_host_store)
+            tenants = self._tenants(partition, device)
             made.pop_all()
-        self.residency = Residency(tenants, self.arena, self.transfer, proof, timeline)
+        self.residency = Residency(tenants, self.arena, self.transfer, self._proof, timeline)
         self._stages = self._make_stages({id(tenant.unit): tenant for tenant in tenants})
         self._undo = Undo()
 
-    def _tenants(self, partition: Partition, device: torch.device, in_host_store: bool) -> list[Tenant]:
+    def _tenants(self, partition: Partition, device: torch.device) -> list[Tenant]:
+        sharers = self._settings.sharers
+        num_sharers = sharers.size if sharers else 1
         plans = {unit.name: unit for unit in self.plan.units}
-        layouts = {id(unit): layout_of(unit, device) for unit in partition.units}
-        moving = [unit for unit in partition.units if plans[unit.name].residency != "resident"]
-        if in_host_store and moving:
-            self.host_bytes = sum(layouts[id(unit)].num_bytes for unit in moving)
-            self.store = HostStore(self.host_bytes, is_pinned=device.type == "cuda")
+        layouts = {id(unit): layout_of(unit, device, num_sharers) for unit in partition.units}
+        stored = {id(unit) for unit in partition.units if self._is_stored(unit, plans[unit.name].residency)}
+        store = self._make_store(sum(layouts[number].num_bytes for number in stored) // num_sharers, device)
         tenants = []
         for unit in partition.units:
             layout = layouts[id(unit)]
-            source: Source = source_of(unit.pieces, layout, self.reader)
-            if self.store is not None and unit in moving:
-                source = self.store.put(source, layout.num_bytes)
+            part = Cut(tuple(unit.pieces), layout)
+            if sharers is not None:
+                size = layout.num_bytes // num_sharers
+                part = cut(unit.pieces, layout, sharers.rank * size, (sharers.rank + 1) * size)
+            source: Source = source_of(part.pieces, part.layout, self.reader)
+            if store is not None and id(unit) in stored:
+                source = store.put(source, part.layout.num_bytes)
+            if sharers is not None:
+                source = ShardSource(source, sharers, layout.num_bytes)
             tenants.append(Tenant(unit, plans[unit.name], layout, source))
+        if store is not None:
+            store.finish(self._settings.on_read)
         return tenants
+
+    def _is_stored(self, unit: Unit, residency: str) -> bool:
+        """Whether this rank's part of a unit is read beforehand, into memory: then the original is not needed."""
+        if self._settings.sharers is not None and is_in_memory(unit):
+            return True
+        return residency != "resident" and (self._settings.in_host_store or self.plan.offload == "sharded")
+
+    def _make_store(self, num_bytes: int, device: torch.device) -> HostStore | None:
+        if not num_bytes:
+            return None
+        stays_on_device = self.plan.offload == "sharded"
+        self.host_bytes = 0 if stays_on_device else num_bytes
+        is_pinned = device.type == "cuda"
+        self.store = HostStore(num_bytes, is_pinned, device if stays_on_device else None)
+        return self.store
 
     def _make_stages(self, tenants: Mapping[int, Tenant]) -> dict[str, Stage]:
         stages = {}
@@ -160,15 +194,19 @@ class Streamer:
         modules = [part.module for part in self._partition.components]
         self._undo.add(whole_states(self._partition))
         self._undo.add(guard(self._pipeline, modules, self.arena.tensor.device))
+        if self._settings.sharers is not None:
+            self._undo.add(let_go(self.residency, self._proof))
 
     def remove(self) -> None:
         """Undo `install`, in the opposite order; the pipeline is as it was."""
         self._undo.run()
 
 
-def _transfer(arena: Arena, timeline: Timeline | None) -> Transfer:
+def _transfer(arena: Arena, timeline: Timeline | None, sharers: Sharers | None) -> Transfer:
     if arena.tensor.device.type == "cuda":
         return CudaTransfer(arena, timeline)
+    if sharers is not None:
+        return GatherTransfer(arena, timeline)
     return HostTransfer(arena, timeline)
 
 

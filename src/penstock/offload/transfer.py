@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from penstock.errors import GenerationError
 from penstock.timeline import Timeline
 from penstock.weights.memory import Arena
 from penstock.weights.sources import Part, Source
@@ -22,24 +23,47 @@ THREADS = 2
 
 @dataclass(frozen=True, eq=False)
 class Ticket:
-    """A fill that was asked for."""
+    """A fill that was asked for.
+
+    Attributes:
+        name: of the unit.
+        work: what does it.
+        is_shared: whether other ranks count on it.
+    """
 
     name: str
     work: Any
+    is_shared: bool = False
+
+
+def require_alone(num_shared: int) -> None:
+    """Refuse to take up again what was interrupted half way where other ranks take part.
+
+    Raises:
+        GenerationError: where any fills were shared.
+    """
+    if num_shared:
+        raise GenerationError(
+            f"a run was interrupted on this rank after {num_shared} fills that it shares with others, which may be "
+            "elsewhere in it. Start the ranks again."
+        )
 
 
 class Transfer(Protocol):
     """Moves bytes to the device.
 
     Attributes:
-        moved_bytes: bytes written to the device so far.
         num_lanes: how many fill side by side.
         is_seen_by_torch: whether torch's counter of writes to the arena counts its writes.
     """
 
-    moved_bytes: int
     num_lanes: int
     is_seen_by_torch: bool
+
+    @property
+    def moved_bytes(self) -> int:
+        """Bytes written to the device so far."""
+        ...
 
     @property
     def busy_s(self) -> float:

@@ -314,10 +314,11 @@ def _overlapping(entries: Sequence[tuple[Weight, Any, Any]]) -> Iterator[list[tu
 
 
 def _find_pieces(unit: Unit, locate: Locate) -> None:
-    """Fill in the unit's pieces, and each weight's place in one; the largest first, so that gaps are small."""
+    """Fill in the unit's pieces, and each weight's place in one; in the order of the weights, alike on all ranks."""
     unit.pieces = []
-    for group in _overlapping([(weight, None, None) for weight in unit.weights]):
-        weights = [weight for weight, _, _ in group]
+    order = {id(weight): number for number, weight in enumerate(unit.weights)}
+    groups = [[weight for weight, _, _ in group] for group in _overlapping([(w, None, None) for w in unit.weights])]
+    for weights in sorted(groups, key=lambda group: min(order[id(weight)] for weight in group)):
         begin = _address(weights[0].original)
         end = max(_address(weight.original) + weight.extent for weight in weights)
         cast = _cast(weights)

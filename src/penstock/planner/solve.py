@@ -53,6 +53,7 @@ class Demands:
         components: what takes turns.
         permanent: units that stay on the device in any case.
         fixed_bytes: outside of units.
+        num_sharers: ranks that hold the weights together; units are multiples of it.
         alignment_bytes: units begin at multiples of this.
         reason: why this mode.
     """
@@ -60,6 +61,7 @@ class Demands:
     offload: Offload
     device: str
     alignment_bytes: int = 1
+    num_sharers: int = 1
     components: tuple[Demand, ...]
     permanent: tuple[tuple[str, int], ...]
     fixed_bytes: int
@@ -69,6 +71,18 @@ class Demands:
     def permanent_bytes(self) -> int:
         """Bytes of the permanent units."""
         return sum(size for _, size in self.permanent)
+
+    @property
+    def shard_bytes(self) -> int:
+        """What this rank's parts of the units that come and go take of the device, where they stay there."""
+        if self.offload != "sharded":
+            return 0
+        return sum(demand.num_bytes for demand in self.components) // self.num_sharers
+
+    @property
+    def base_bytes(self) -> int:
+        """What is on the device in any case."""
+        return self.fixed_bytes + self.permanent_bytes + self.shard_bytes
 
     @property
     def num_bytes(self) -> int:
@@ -93,7 +107,7 @@ class _Fit:
 def least_bytes(demands: Demands, prefetch: int) -> int:
     """The smallest budget with which a pipeline runs in its mode."""
     most = max((_least(demand, prefetch) for demand in demands.components), default=0)
-    return demands.fixed_bytes + demands.permanent_bytes + most
+    return demands.base_bytes + most
 
 
 def solve(demands: Demands, budget_bytes: int | None, prefetch: int) -> Plan:
@@ -111,7 +125,7 @@ def solve(demands: Demands, budget_bytes: int | None, prefetch: int) -> Plan:
     if budget_bytes is not None and budget_bytes < least:
         raise ConfigError(_too_small(demands, budget_bytes, least, prefetch))
     budget = least if budget_bytes is None else budget_bytes
-    capacity = budget - demands.fixed_bytes - demands.permanent_bytes
+    capacity = budget - demands.base_bytes
     capacity -= capacity % demands.alignment_bytes
     fits = [_fit(demand, capacity, prefetch) for demand in demands.components]
     begins, used = _arrange(fits, capacity)
@@ -124,6 +138,7 @@ def solve(demands: Demands, budget_bytes: int | None, prefetch: int) -> Plan:
     for number, fit in enumerate(fits):
         others = [span for other, span in enumerate(ranges) if other != number]
         units.extend(_unit_plans(fit, begins[number], others))
+    moving = sum(unit.num_bytes for unit in units if unit.residency != "resident")
     return Plan(
         offload=demands.offload,
         device=demands.device,
@@ -136,6 +151,8 @@ def solve(demands: Demands, budget_bytes: int | None, prefetch: int) -> Plan:
         components=tuple(_component_plan(fit) for fit in fits),
         units=tuple(units),
         reason=demands.reason,
+        shard_bytes=moving // demands.num_sharers if demands.offload == "sharded" else 0,
+        num_sharers=demands.num_sharers,
     )
 
 
@@ -237,13 +254,15 @@ def _component_plan(fit: _Fit) -> ComponentPlan:
 
 
 def _too_small(demands: Demands, budget: int, least: int, prefetch: int) -> str:
-    base = demands.fixed_bytes + demands.permanent_bytes
+    base = demands.base_bytes - demands.shard_bytes
     parts = [f"{format_bytes(base)} that always stay"] if base else []
+    if demands.shard_bytes:
+        parts.append(f"{format_bytes(demands.shard_bytes)} of parts, 1/{demands.num_sharers} of each unit")
     worst = max(demands.components, key=lambda demand: _least(demand, prefetch), default=None)
     if worst is not None:
         parts.extend(_least_parts(worst, prefetch))
     advice = [f"--max-weight-memory {least}, or 'least'"]
-    if demands.offload == "sequential":
+    if demands.offload in ("sequential", "sharded"):
         advice.append("--offload layerwise")
     elif prefetch:
         fewer = least_bytes(demands, 0)
@@ -277,4 +296,4 @@ def budget_for(demands: Demands, name: str, num_resident: int, prefetch: int) ->
     streamed = (total - num_resident) // slots * slots
     resident = spread(total - streamed, total)
     needed = _layout(demand, resident, slots if streamed else 0).num_bytes
-    return max(demands.fixed_bytes + demands.permanent_bytes + needed, least_bytes(demands, prefetch))
+    return max(demands.base_bytes + needed, least_bytes(demands, prefetch))

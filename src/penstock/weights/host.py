@@ -1,12 +1,13 @@
-"""Host memory for weights that a device takes from there: one arena of the exact size, pinned where that helps.
+"""Memory for weights that a device takes from there: of the exact size, on the host (pinned where that helps) or, for
+the parts of sharded weights, on the device itself.
 
-A unit lies in it as it will lie on the device, so that one copy moves it.
+A unit lies in it as it will lie in its place, so that one copy (or one gathering) moves it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 
 import torch
 
@@ -15,58 +16,90 @@ from penstock.weights.sources import Part, Source, SourceKind
 
 _THREADS = 4
 
+Progress = Callable[[int, int], None]
+"""(bytes read so far, bytes in all); called as they arrive."""
+
 
 class HostStore:
-    """Packed units in host memory.
+    """Packed units, or this rank's parts of them, in memory.
 
     Args:
-        num_bytes: of all units that will be put in.
+        num_bytes: of all that will be put in.
         is_pinned: for CUDA.
+        device: where they stay; on another device than the host's, they are in host memory only while they are read.
     """
 
-    def __init__(self, num_bytes: int, is_pinned: bool) -> None:
-        self._memory = HostMemory(num_bytes, is_pinned)
+    def __init__(self, num_bytes: int, is_pinned: bool, device: torch.device | None = None) -> None:
+        self._memory: HostMemory | None = HostMemory(num_bytes, is_pinned)
+        self.tensor = self._memory.tensor
+        self._device = device or torch.device("cpu")
         self._used = 0
+        self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="penstock-loader")
+        self._work: dict[Future[None], int] = {}
 
     def put(self, source: Source, num_bytes: int) -> StoredSource:
-        """Read a unit into the store.
+        """Begin to read a unit into the store; it is there after `finish`.
 
         Args:
-            source: reads it; its positions are those that the unit has on the device.
+            source: reads it; its positions are those that the unit has in its place.
             num_bytes: of the unit.
-
-        Raises:
-            WeightsError: for what the readers meet.
         """
+        assert self._memory is not None
         begin, end = self._used, self._used + num_bytes
         view = self._memory.view[begin:end]
-        with ThreadPoolExecutor(_THREADS) as pool:
-            for future in [pool.submit(_write, part, view) for part in source.parts]:
-                future.result()
+        for part in source.parts:
+            self._work[self._pool.submit(_write, part, view)] = part.num_bytes
         self._used = end
-        return StoredSource(self._memory.tensor[begin:end])
+        return StoredSource(self, begin, end)
+
+    def finish(self, on_progress: Progress | None = None) -> None:
+        """Wait until all units are there, on the device that they stay on.
+
+        Raises:
+            WeightsError: for what the readers meet; nothing is read on.
+        """
+        total, done = sum(self._work.values()), 0
+        try:
+            for future in as_completed(self._work):
+                future.result()
+                done += self._work[future]
+                if on_progress is not None:
+                    on_progress(done, total)
+        finally:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+            self._work.clear()
+        if self._device.type != "cpu" and self._memory is not None:
+            with torch.inference_mode(False):
+                self.tensor = self.tensor.to(self._device)
+            self._memory.close()
+            self._memory = None
 
     def close(self) -> None:
         """Give the pinning back."""
-        self._memory.close()
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        if self._memory is not None:
+            self._memory.close()
 
 
 class StoredSource:
-    """A unit in the host store.
-
-    Attributes:
-        memory: the packed unit, pinned where the store is.
-    """
+    """A unit in the store."""
 
     kind: SourceKind = "host"
 
-    def __init__(self, memory: torch.Tensor) -> None:
-        self.memory = memory
+    def __init__(self, store: HostStore, begin: int, end: int) -> None:
+        self._store = store
+        self._begin = begin
+        self._end = end
+
+    @property
+    def memory(self) -> torch.Tensor:
+        """The packed unit, pinned where the store is."""
+        return self._store.tensor[self._begin : self._end]
 
     @property
     def parts(self) -> Sequence[Part]:
         """One part: all of it."""
-        return [Part(0, self.memory.numel(), self._write)]
+        return [Part(0, self._end - self._begin, self._write)]
 
     def check(self) -> None:
         """Memory does not change behind our back."""

@@ -61,13 +61,18 @@ def packed(pieces: Sequence[Piece]) -> Layout:
     return Layout(tuple(positions), cursor)
 
 
-def paged(pieces: Sequence[Piece]) -> Layout:
-    """The layout for the CPU: pieces from files in runs of whole pages, the others at cache lines before them."""
+def paged(pieces: Sequence[Piece], is_shared: bool = False) -> Layout:
+    """The layout for the CPU: pieces from files in runs of whole pages, the others at cache lines before them.
+
+    Args:
+        pieces: of the unit.
+        is_shared: lay it out alike on all ranks, wherever their memory has the pieces.
+    """
     positions = [0] * len(pieces)
     cursor = ALIGNMENT_BYTES
     for number, piece in enumerate(pieces):
         if not is_direct(piece):
-            cursor = align(cursor, CACHE_LINE_BYTES) + _skew(piece)
+            cursor = align(cursor, CACHE_LINE_BYTES) + (0 if is_shared else _skew(piece))
             positions[number] = cursor
             cursor += piece.num_bytes
     runs = []

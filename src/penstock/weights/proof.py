@@ -28,8 +28,14 @@ class Proof:
 
     def __init__(self, arena: Arena) -> None:
         self._arena = arena
-        self._expected: dict[int, tuple[Piece, bytes]] = {}  # the piece is kept: its id is the key
+        self._expected: dict[tuple[str, int], bytes] = {}  # by the unit's name and the piece's number
         self.num_checked = 0
+
+    def expect(self, name: str, pieces: Sequence[Piece]) -> None:
+        """Remember what a unit is to be, for when its origin will be gone."""
+        for number, piece in enumerate(pieces):
+            if (name, number) not in self._expected:
+                self._expected[name, number] = _digest(_origin(piece))
 
     def verify(self, name: str, pieces: Sequence[Piece], layout: Layout, begin: int) -> None:
         """Compare a unit on the device with its origin.
@@ -39,12 +45,11 @@ class Proof:
 
         Cost: hashes the unit's bytes; on an accelerator they are copied to the host for it.
         """
-        for piece, position in zip(pieces, layout.positions, strict=True):
-            if id(piece) not in self._expected:
-                self._expected[id(piece)] = (piece, _digest(_origin(piece)))
+        self.expect(name, pieces)
+        for number, (piece, position) in enumerate(zip(pieces, layout.positions, strict=True)):
             first = begin + position
             found = _digest(self._arena.tensor[first : first + piece.num_bytes].cpu())
-            if found != self._expected[id(piece)][1]:
+            if found != self._expected[name, number]:
                 raise WeightsError(
                     f"{name}: {piece.num_bytes} bytes at {first} are not those of {_where(piece)}. The file may have "
                     "changed; if it has not, please report this."

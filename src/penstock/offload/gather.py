@@ -1,0 +1,145 @@
+"""Transfers of sharded weights on the CPU: each rank brings its part of a unit, then all gather it into its place.
+
+One thread gathers, in the order in which units are asked for, so that all ranks gather the same unit at the same time,
+whatever their disks and their compute do. Owns that order; which unit is due, all ranks decide alike elsewhere.
+"""
+
+from __future__ import annotations
+
+import time
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+
+from penstock.errors import GenerationError
+from penstock.offload.transfer import HostTransfer, Ticket, require_alone
+from penstock.timeline import Timeline
+from penstock.weights.host import StoredSource
+from penstock.weights.memory import Arena
+from penstock.weights.shards import ShardSource
+from penstock.weights.sources import Source
+
+_LANE = "gathering"
+_STAMP_BYTES = 8
+"""At a unit's begin, where no weight lies: the first rank writes there which unit it gathers."""
+
+
+class GatherTransfer:
+    """Fills units whose bytes several ranks have in parts.
+
+    Args:
+        arena: in host memory.
+        timeline: where fills are noted, or None.
+    """
+
+    is_seen_by_torch = False
+    num_lanes = 1
+
+    def __init__(self, arena: Arena, timeline: Timeline | None = None) -> None:
+        assert arena.host is not None
+        self._own = HostTransfer(arena, timeline)
+        self._view = arena.host.view
+        with torch.inference_mode(False):
+            self._memory = torch.frombuffer(arena.host.view, dtype=torch.uint8)  # torch counts its writes apart
+        self._timeline = timeline
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="penstock-gather")
+        self._names: dict[int, str] = {}  # by what rank 0 stamps units with
+        self._num_shared = 0
+        self._received_bytes = 0
+        self._gather_s = 0.0
+
+    @property
+    def moved_bytes(self) -> int:
+        """Bytes written to the device: this rank's parts that were read straight to it, and what was gathered."""
+        return self._own.moved_bytes + self._received_bytes
+
+    @property
+    def busy_s(self) -> float:
+        """Seconds of gathering, waits for other ranks included."""
+        return self._gather_s
+
+    def submit(self, name: str, source: Source, begin: int) -> Ticket:
+        """Queue this rank's part, and the gathering behind it."""
+        if not isinstance(source, ShardSource):
+            return self._own.submit(name, source, begin)
+        self._num_shared += 1
+        reading = None
+        if not isinstance(source.own, StoredSource):
+            reading = self._own.submit(name, source.own, begin + source.begin)
+        number = zlib.crc32(name.encode())
+        self._names[number] = name
+        gathering = self._pool.submit(self._gather, number, source, begin, reading)
+        return Ticket(name, gathering, is_shared=True)
+
+    def wait(self, ticket: Ticket) -> None:
+        """Wait for the gathering."""
+        if ticket.is_shared:
+            ticket.work.result()
+        else:
+            self._own.wait(ticket)
+
+    def cancel(self, ticket: Ticket) -> None:
+        """Let what was asked for come: the other ranks count on it."""
+        if ticket.is_shared:
+            ticket.work.exception()
+        else:
+            self._own.cancel(ticket)
+
+    def is_done(self, ticket: Ticket) -> bool:
+        """False for a gathering, until it was waited for: ranks would see it end at different times."""
+        return not ticket.is_shared and self._own.is_done(ticket)
+
+    def drain(self) -> None:
+        """What Ctrl-C ended half way cannot be taken up again: nobody knows how far the other ranks are.
+
+        Raises:
+            GenerationError: where anything was gathered.
+        """
+        require_alone(self._num_shared)
+        self._own.drain()
+
+    def restart(self) -> None:
+        """In a child process, which shares no group of ranks: it can read, not gather."""
+        self._own.restart()
+
+    def close(self) -> None:
+        """End the threads; what is queued is dropped."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._own.close()
+
+    def _gather(self, number: int, source: ShardSource, begin: int, reading: Ticket | None) -> None:
+        """Runs on the gathering thread."""
+        whole = self._memory[begin : begin + source.num_bytes]
+        if reading is not None:
+            self._own.wait(reading)
+            own = whole[source.begin : source.begin + source.part_bytes]
+        else:
+            own = _stored(source)
+        begun_s = time.perf_counter()
+        if source.sharers.rank == 0:
+            own[:_STAMP_BYTES] = torch.frombuffer(bytearray(number.to_bytes(_STAMP_BYTES)), dtype=torch.uint8)
+        source.sharers.gather_into(whole, own)
+        ended_s = time.perf_counter()
+        found = int.from_bytes(self._view[begin : begin + _STAMP_BYTES])
+        if found != number:
+            raise GenerationError(_apart(self._names[number], self._names.get(found, "something else")))
+        self._received_bytes += source.num_bytes - (source.part_bytes if reading is not None else 0)
+        self._gather_s += ended_s - begun_s
+        if self._timeline is not None:
+            self._timeline.add("fill", self._names[number], begun_s, ended_s, lane=_LANE, num_bytes=source.num_bytes)
+
+
+def _stored(source: ShardSource) -> torch.Tensor:
+    stored: Any = source.own
+    memory: torch.Tensor = stored.memory
+    return memory
+
+
+def _apart(name: str, other: str) -> str:
+    return (
+        f"this rank gathers {name}, and the first of those it shares with {other}: their calls run different blocks, "
+        "and the weights would be mixed up. Shard over ranks whose calls are alike: with --cfg-parallel-size C, give "
+        "--hsdp-replicate-size C."
+    )

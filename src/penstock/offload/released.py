@@ -1,0 +1,76 @@
+"""Weights that only memory had, once ranks have shards of them: the whole ones are let go, and come back in the end.
+
+A weight in a file costs no memory where it is; one that was cast, made or changed does, on every rank. Owns the
+originals' memory; does not know which ranks have what.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from penstock.offload.residency import Residency, Tenant
+from penstock.offload.units import Unit, Weight
+from penstock.weights.proof import Proof
+from penstock.weights.ranges import HostRange, Unread
+
+
+def is_in_memory(unit: Unit) -> bool:
+    """Whether memory alone has some of a unit's weights."""
+    return any(isinstance(piece.range, HostRange) for piece in unit.pieces)
+
+
+def let_go(residency: Residency, proof: Proof | None = None) -> Callable[[], None]:
+    """Free the weights that memory alone had; each unit's source must not read them any more.
+
+    A weight stays the object that it was, without elements. Memory that others hold as well stays theirs.
+
+    Returns:
+        What brings them back, on all ranks together.
+
+    Cost: in the end one fill of each of these units, and the memory of the whole weights.
+    """
+    gone: list[tuple[Tenant, list[Weight]]] = []
+    for tenant in residency.tenants:
+        weights = [weight for weight in tenant.unit.weights if _is_in_memory(tenant.unit, weight)]
+        if not weights:
+            continue
+        if proof is not None:
+            proof.expect(tenant.name, tenant.unit.pieces)
+        gone.append((tenant, weights))
+        pieces = tenant.unit.pieces
+        for number, piece in enumerate(pieces):
+            if isinstance(piece.range, HostRange):
+                pieces[number] = replace(piece, range=Unread(piece.range.num_bytes))
+        for weight in weights:
+            weight.original.data = torch.empty(0, dtype=weight.original.dtype)
+
+    def bring_back() -> None:
+        while gone:
+            _bring_back(residency, *gone[-1])
+            gone.pop()
+
+    return bring_back
+
+
+def _is_in_memory(unit: Unit, weight: Weight) -> bool:
+    return isinstance(unit.pieces[weight.piece].range, HostRange)
+
+
+def _bring_back(residency: Residency, tenant: Tenant, weights: list[Weight]) -> None:
+    """Give a unit's weights memory of their own again; those that shared some do so again."""
+    residency.ready(tenant)
+    copies: dict[int, torch.Tensor] = {}
+    lives = dict(zip(map(id, tenant.unit.weights), tenant.live, strict=True))
+    for weight in weights:
+        piece, position = tenant.unit.pieces[weight.piece], tenant.layout.positions[weight.piece]
+        if weight.piece not in copies:
+            begin = tenant.plan.begin + position
+            with torch.inference_mode(False):
+                copies[weight.piece] = residency.arena.tensor[begin : begin + piece.num_bytes].cpu().clone()
+        live = lives[id(weight)]
+        flat = copies[weight.piece].view(live.dtype)
+        offset = weight.offset // live.itemsize
+        weight.original.data = flat.as_strided(live.shape, live.stride(), offset)

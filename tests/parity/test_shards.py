@@ -1,0 +1,201 @@
+"""Sharded weights: the same picture from parts, each rank with its part and no more, gathered ahead of use."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+import penstock
+from penstock.config import ParallelConfig
+from penstock.engine import build
+from penstock.offload import released, streamer
+from penstock.offload.gather import GatherTransfer
+from tests import zoo
+from tests.distributed.sequences import difference
+from tests.parity.test_memory import live_bytes, mapped
+from tests.ranks import run_ranks
+
+TOLERANCE = 1e-4
+FAMILIES = [name for name in zoo.NAMES if name != "stranger"]
+ON_FOUR = ["flux", "wan22", "ltx2"]
+DEEP = {"num_layers": 10, "num_single_layers": 30}
+
+
+def shards(size: int, **degrees: int) -> ParallelConfig:
+    return ParallelConfig(use_hsdp=True, hsdp_shard_size=size, **degrees)
+
+
+def made(pipeline: Any, name: str, **overrides: Any) -> list[Tensor]:
+    with torch.inference_mode():
+        return list(zoo.tensors(zoo.run(pipeline, name, **overrides)))
+
+
+def try_family(name: str, folder: Path, size: int) -> dict[str, float]:
+    """On every rank: how far each way to shard is from the plain pipeline; every fill is hashed."""
+    plain = made(DiffusionPipeline.from_pretrained(folder), name)
+    found = {}
+    for way in ("sharded", "layerwise", "sequential"):
+        pipeline = penstock.load(folder, parallel=shards(size), device="cpu", offload=way, check=True)
+        found[way] = difference(made(pipeline, name), plain)
+        placed = penstock.placed_on(pipeline)
+        assert placed is not None and placed.plan.num_sharers == size
+        assert placed.report().peak_bytes + placed.plan.shard_bytes <= placed.plan.promised_bytes
+        placed.remove()
+    pipeline = zoo.build(name)
+    with penstock.apply(pipeline, parallel=shards(size), device="cpu", check=True):
+        found["in memory"] = difference(made(pipeline, name), plain)
+    found["removed"] = difference(made(pipeline, name), plain)
+    return found
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_two_ranks_make_the_picture_from_halves(name: str, zoo_folder: Callable[[str], Path]) -> None:
+    for found in run_ranks(2, try_family, name, zoo_folder(name), 2):
+        assert found["removed"] == 0
+        assert max(found["sharded"], found["layerwise"], found["sequential"]) == 0  # weights lie as in the plain run
+        assert found["in memory"] < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ON_FOUR)
+def test_four_ranks_make_the_picture_from_quarters(name: str, zoo_folder: Callable[[str], Path]) -> None:
+    for found in run_ranks(4, try_family, name, zoo_folder(name), 4):
+        assert max(found.values()) < TOLERANCE
+
+
+def try_wrong_part(folder: Path) -> bool:
+    """On every rank: whether a run whose ranks gather their parts in another order is the plain one."""
+    plain = made(DiffusionPipeline.from_pretrained(folder), "flux")
+    pipeline = penstock.load(folder, parallel=shards(2), device="cpu", offload="sharded")
+    placed = penstock.placed_on(pipeline)
+    assert placed is not None and placed._streamer is not None
+    for tenant in placed._streamer.tenants:
+        store = tenant.source.own  # type: ignore[attr-defined]
+        if tenant.unit.is_block:
+            store.memory.view(torch.float32)[1024:2048] *= 1.5
+    result = made(pipeline, "flux")
+    placed.remove()
+    return difference(result, plain) < TOLERANCE
+
+
+def test_wrong_parts_would_be_noticed(zoo_folder: Callable[[str], Path]) -> None:
+    assert run_ranks(2, try_wrong_part, zoo_folder("flux")) == [False, False]
+
+
+def deep_flux(root: Path) -> Path:
+    """A checkpoint of many blocks, so that slots are a small part of it."""
+    pipeline = zoo.build("flux")
+    transformer = type(pipeline.transformer).from_config({**pipeline.transformer.config, **DEEP})
+    pipeline.register_modules(transformer=transformer.eval())
+    pipeline.save_pretrained(root)
+    return root
+
+
+def measure_load(folder: Path, size: int, keeps_whole: bool) -> dict[str, int]:
+    """On every rank: bytes that are alive while a checkpoint is loaded and after it, and what was read."""
+    gc.collect()
+    gc.freeze()
+    before, samples = live_bytes(mapped()), [0]
+    let_go = released.let_go
+    try:
+        if keeps_whole:
+            streamer.let_go = lambda *_: lambda: None  # type: ignore[attr-defined]
+            pipeline = DiffusionPipeline.from_pretrained(folder, dtype=torch.float64)
+            placed = penstock.apply(pipeline, parallel=shards(size), device="cpu", offload="sharded")
+        else:
+            config = build.LoadConfig.of(device="cpu", offload="sharded")
+            prepared = build.prepare(folder, config, shards(size))
+            pipeline = build.fill(prepared, lambda event: samples.append(live_bytes(mapped()) - before))
+            placed = penstock.placed_on(pipeline)  # type: ignore[assignment]
+    finally:
+        streamer.let_go = let_go  # type: ignore[attr-defined]
+        gc.unfreeze()
+    assert placed is not None and placed._streamer is not None
+    found = {
+        "after": live_bytes(mapped()) - before,
+        "most": max(samples),
+        "weights": placed.plan.weight_bytes,
+        "arena": placed.plan.arena_bytes,
+        "fixed": placed.plan.fixed_bytes,
+        "read": placed.report().read_bytes,
+        "unit": max(unit.num_bytes for unit in placed.plan.units),
+    }
+    if not keeps_whole:
+        placed.remove()
+    return found
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_a_rank_holds_its_part_and_reads_no_more(size: int, tmp_path: Path) -> None:
+    folder = deep_flux(tmp_path / "deep")
+    ranks = run_ranks(size, measure_load, folder, size, False)
+    for found in ranks:
+        part = 1.1 * found["weights"] / size
+        assert found["after"] <= part + found["arena"] + found["fixed"]
+        assert found["most"] <= part + found["arena"] + found["fixed"] + found["unit"]
+        assert found["arena"] < found["weights"] / 4
+    stored = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
+    assert sum(found["read"] for found in ranks) <= 1.05 * stored
+
+
+def test_whole_weights_that_stay_alive_would_be_noticed(tmp_path: Path) -> None:
+    folder = deep_flux(tmp_path / "deep")
+    for found in run_ranks(2, measure_load, folder, 2, True):
+        assert found["after"] > 1.1 * found["weights"] / 2 + found["arena"] + found["fixed"]
+
+
+def log_of(folder: Path, num_steps: int, prefetch: int) -> tuple[list[str], int, int, list[str]]:
+    """On every rank: what was asked for and what computed, in order; gatherings; streamed blocks; their names."""
+    log: list[str] = []
+    submit = GatherTransfer.submit
+
+    def noted(self: GatherTransfer, name: str, *rest: Any) -> Any:
+        log.append(f"gather {name}")
+        return submit(self, name, *rest)
+
+    GatherTransfer.submit = noted  # type: ignore[method-assign]
+    try:
+        pipeline = penstock.load(folder, parallel=shards(2), device="cpu", offload="sharded", prefetch=prefetch)
+        placed = penstock.placed_on(pipeline)
+        assert placed is not None and placed._streamer is not None
+        names = []
+        for tenant in placed._streamer.tenants:
+            if tenant.unit.is_block and tenant.unit.component == "transformer":
+                names.append(tenant.name)
+                name = f"compute {tenant.name}"
+                tenant.unit.module.register_forward_pre_hook(lambda *_, name=name: log.append(name))
+        made(pipeline, "flux", num_inference_steps=num_steps)
+        gathered = placed.mesh["shard"].traffic.num_calls["all_gather"]
+        streamed = sum(tenant.plan.slot is not None for tenant in placed._streamer.tenants if tenant.name in names)
+        placed.mesh["shard"].traffic.clear()
+        placed.remove()
+    finally:
+        GatherTransfer.submit = submit  # type: ignore[method-assign]
+    return log, gathered, streamed, names
+
+
+@pytest.mark.parametrize("prefetch", [1, 2])
+def test_blocks_are_gathered_ahead_of_use_also_across_steps(prefetch: int, zoo_folder: Callable[[str], Path]) -> None:
+    folder = zoo_folder("flux")
+    for log, _, streamed, names in run_ranks(2, log_of, folder, 3, prefetch):
+        assert streamed == len(names) > prefetch
+        computed = [position for position, entry in enumerate(log) if entry.startswith("compute")]
+        assert [log[position] for position in computed] == [f"compute {name}" for name in names] * 3
+        for number, position in enumerate(computed[:-1]):
+            following = log[computed[number + 1]].replace("compute", "gather")
+            number_before = log[:position].count(following)
+            assert number_before == (number + 1) // len(names) + 1, log[position]  # asked for before this one computes
+
+
+def test_a_forward_gathers_each_streamed_block_once(zoo_folder: Callable[[str], Path]) -> None:
+    folder = zoo_folder("flux")
+    few = run_ranks(2, log_of, folder, 2, 1)
+    many = run_ranks(2, log_of, folder, 5, 1)
+    for (_, short, streamed, _), (_, long, _, _) in zip(few, many, strict=True):
+        assert long - short == 3 * streamed > 0
