@@ -47,7 +47,8 @@ def test_shards_need_a_share_of_that_room(planned: Planned) -> None:
 
 def test_the_rest_is_passed_on(planned: Planned) -> None:
     told: list[int] = []
-    settings = settings_of(planned, replace(CONFIG, check=True), read_machine("cpu"), ALONE, lambda *a: told.append(1))
+    config = replace(CONFIG, check=True)
+    settings = settings_of(planned, config, read_machine("cpu"), ALONE, on_read=lambda *a: told.append(1))
     assert settings.is_checked and settings.on_read is not None and not settings.is_direct
 
 

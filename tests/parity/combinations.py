@@ -20,6 +20,7 @@ from tests.zoo.denoisers import CASES
 
 AXES = ("cfg_parallel_size", "pipeline_parallel_size", "ring_degree", "ulysses_degree", "tensor_parallel_size")
 STREAMED = {"offload": "layerwise", "max_weight_memory": "least"}
+SHARDED = {"use_hsdp": True}
 HEADS = 8
 
 
@@ -30,12 +31,14 @@ class Outcome:
     Attributes:
         degrees: those that are on.
         is_streamed: whether weights were streamed.
+        is_sharded: whether ranks with the same weights held them together.
         difference: to the plain run, relative; None where it was refused.
         refusal: why it was.
     """
 
     degrees: tuple[tuple[str, int], ...]
     is_streamed: bool
+    is_sharded: bool
     difference: float | None
     refusal: str = ""
 
@@ -46,6 +49,17 @@ def products(world_size: int) -> Iterator[dict[str, int]]:
     for sizes in itertools.product(divisors, repeat=len(AXES)):
         if math.prod(sizes) == world_size:
             yield dict(zip(AXES, sizes, strict=True))
+
+
+def ways(world_size: int) -> Iterator[tuple[dict[str, int], dict[str, str], dict[str, bool]]]:
+    """Degrees, options and shards: each product with weights resident and streamed; sharded, by turns one of the two."""
+    number = 0
+    for degrees in products(world_size):
+        for options in ({"offload": "none"}, STREAMED):
+            yield degrees, options, {}
+        if ParallelConfig(**degrees).num_holders > 1:
+            number += 1
+            yield degrees, ({"offload": "sharded"} if number % 2 else STREAMED), SHARDED
 
 
 class Guided:
@@ -91,16 +105,16 @@ def try_all(name: str, world_size: int) -> list[Outcome]:
     inputs = case.inputs("odd")
     plain = Guided(case.build(heads=HEADS))(inputs, case.streams)
     outcomes = []
-    for degrees in products(world_size):
-        for options in ({"offload": "none"}, STREAMED):
-            on = tuple((axis, size) for axis, size in degrees.items() if size > 1)
-            pipeline = Guided(case.build(heads=HEADS))
-            try:
-                placed = penstock.apply(pipeline, parallel=ParallelConfig(**degrees), device="cpu", **options)
-            except ConfigError as error:
-                outcomes.append(Outcome(on, options is STREAMED, None, str(error)))
-                continue
-            found = pipeline(inputs, case.streams)
-            placed.remove()
-            outcomes.append(Outcome(on, options is STREAMED, difference(found, plain)))
+    for degrees, options, shards in ways(world_size):
+        on = tuple((axis, size) for axis, size in degrees.items() if size > 1)
+        pipeline = Guided(case.build(heads=HEADS))
+        try:
+            parallel = ParallelConfig(**degrees, **shards)
+            placed = penstock.apply(pipeline, parallel=parallel, device="cpu", **options)
+        except ConfigError as error:
+            outcomes.append(Outcome(on, options is STREAMED, bool(shards), None, str(error)))
+            continue
+        found = pipeline(inputs, case.streams)
+        placed.remove()
+        outcomes.append(Outcome(on, options is STREAMED, bool(shards), difference(found, plain)))
     return outcomes

@@ -29,6 +29,7 @@ PIPELINE = "qwen_image"
 FEATURES: dict[str, dict[str, Any]] = {
     "sequential": {"offload": "sequential"},
     "layerwise": STREAMED,
+    "HSDP": {"use_hsdp": True, "hsdp_shard_size": 2},
     "data": {"data_parallel_size": 2},
     "CFG": {"cfg_parallel_size": 2},
     "pipeline": {"pipeline_parallel_size": 2},
@@ -162,7 +163,7 @@ def test_the_page_says_what_the_tests_found() -> None:
             "## Features with each other",
             "",
             "A whole pipeline with two features at a time, each over two ranks. The full product of all degrees on 2,",
-            "4 and 8 ranks, with weights resident and streamed, is `tests/parity/test_combinations.py`.",
+            "4 and 8 ranks, with weights resident, streamed and sharded, is `tests/parity/test_combinations.py`.",
             "",
             *pairs_table(),
             "",

@@ -20,7 +20,7 @@ from penstock.distributed.group import Group, Traffic
 from penstock.errors import ConfigError
 
 AXES = tuple(ParallelConfig().axes())
-_JOINED = ("sequence", "vae", "shard", "replicate", "replica", "world")
+_JOINED = ("sequence", "vae", "shard", "replicate", "twin", "replica", "world")
 _MESHES: dict[Any, Mesh] = {}
 
 
@@ -33,7 +33,7 @@ class Mesh:
         device_mesh: torch's, with those of `AXES` that are split; None in a single process without ranks.
         groups: by axis; besides these `sequence` (ring and ulysses together), `vae` (neighbouring ranks that share
             the tiles), `shard` (ranks that hold one copy of the weights together), `replicate` (ranks with the same
-            shard), `replica` (all ranks that make one picture together) and `world`.
+            shard), `twin` (those of all replicas), `replica` (all ranks that make one picture together) and `world`.
     """
 
     config: ParallelConfig
@@ -92,7 +92,9 @@ def _build(config: ParallelConfig, device_type: str) -> Mesh:
     for name, row in rows.items():
         own = tuple(next(line for line in row.tolist() if rank in line))
         same = next((group for group in groups.values() if group.ranks == own), None)
-        if same is None or (name == "shard" and len(own) > 1):  # which gathers while the others exchange
+        if name == "shard" and len(own) > 1:
+            groups[name] = _apart(name, row.tolist(), rank)
+        elif same is None:
             groups[name] = _group(name, DeviceMesh(device_type, row, mesh_dim_names=("others", name))[name])
         else:
             groups[name] = Group(name, same.rank, own, same.process_group)
@@ -104,14 +106,27 @@ def _shards(config: ParallelConfig, ranks: torch.Tensor) -> dict[str, torch.Tens
     order = [list(config.axes()).index(axis) for axis in ("data", "pipeline", "tensor")]
     holders = ranks.movedim(order, (0, 1, 2)).reshape(-1, config.num_holders)
     shards = holders.reshape(-1, config.shard_size)
-    if not config.use_hsdp:
-        return {"shard": shards, "replicate": shards}
-    by_copy = holders.view(-1, config.hsdp_replicate_size, config.shard_size)
-    return {"shard": shards, "replicate": by_copy.movedim(1, 2).reshape(-1, config.hsdp_replicate_size)}
+    copies = config.num_holders // config.shard_size
+    alike = holders.view(config.data_parallel_size, -1, copies, config.shard_size)
+    return {
+        "shard": shards,
+        "replicate": alike.movedim(3, 2).reshape(-1, copies),
+        "twin": alike.permute(1, 3, 0, 2).reshape(-1, config.data_parallel_size * copies),
+    }
 
 
 def _group(name: str, line: DeviceMesh) -> Group:
     return Group(name, line.get_local_rank(), tuple(line.mesh.tolist()), line.get_group())
+
+
+def _apart(name: str, rows: list[list[int]], rank: int) -> Group:
+    """A group that exchanges nothing with another's: it gathers on a thread of its own, while those are at work.
+
+    A DeviceMesh would give ranks that are alike the same communicator.
+    """
+    own = [(row, made) for row, made in ((row, dist.new_group(row)) for row in rows) if rank in row]
+    ranks, process_group = own[0]
+    return Group(name, ranks.index(rank), tuple(ranks), process_group)
 
 
 def num_running() -> int:

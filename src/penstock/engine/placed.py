@@ -18,6 +18,7 @@ from torch import nn
 
 from penstock.config import OffloadConfig, ParallelConfig, config_of
 from penstock.distributed.mesh import Mesh
+from penstock.engine.neighbours import Neighbours
 from penstock.engine.plans import Dtypes, Planned, plan_pipeline
 from penstock.engine.ranks import agreed, join_ranks, require_alike, shared_machine, watched
 from penstock.engine.settings import notes_of_plan, settings_of
@@ -274,7 +275,9 @@ def place(
         machine = shared_machine(device, mesh)
         split = agreed(mesh["world"], partial(_split, pipeline, mesh, dtypes))
         try:
-            made = partial(_made, pipeline, config, split, machine, on_read)
+            twins = mesh["twin"]
+            neighbours = Neighbours(twins) if twins.size > 1 else None
+            made = partial(_made, pipeline, config, split, machine, (neighbours, on_read))
             placed = agreed(mesh["world"], partial(made, reason=reason, timeline=Timeline() if trace else None))
             require_alike(mesh, placed.layouts())
         except (PenstockError, torch.OutOfMemoryError):
@@ -302,7 +305,7 @@ def _made(
     config: OffloadConfig,
     split: _Split,
     machine: Machine,
-    on_read: Progress | None,
+    reading: tuple[Neighbours | None, Progress | None],
     *,
     reason: str | None,
     timeline: Timeline | None,
@@ -315,7 +318,7 @@ def _made(
         planned = replace(planned, plan=replace(planned.plan, reason=reason))
     streamer = None
     if planned.plan.offload != "none":
-        settings = settings_of(planned, config, machine, shard, on_read)
+        settings = settings_of(planned, config, machine, shard, *reading)
         streamer = Streamer(pipeline, planned.partition, planned.plan, settings, timeline)
     prompts = PromptCache(pipeline, config.prompt_cache_bytes)
     return Placed(pipeline, planned, split, streamer, prompts, tuple(notes_of_plan(planned, config)))

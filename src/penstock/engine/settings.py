@@ -12,7 +12,7 @@ from penstock.distributed.group import Group
 from penstock.engine.plans import Planned
 from penstock.machine import Machine
 from penstock.offload.streamer import Settings
-from penstock.weights.host import Progress
+from penstock.weights.host import Neighbours, Progress
 from penstock.weights.ranges import FileRange
 
 _DIRECT_SHARE = 0.5  # of free host memory: files larger than this are read past the page cache
@@ -20,7 +20,12 @@ _STORE_SHARE = 0.6  # of free host memory that pinned weights may take
 
 
 def settings_of(
-    planned: Planned, config: OffloadConfig, machine: Machine, shard: Group, on_read: Progress | None = None
+    planned: Planned,
+    config: OffloadConfig,
+    machine: Machine,
+    shard: Group,
+    neighbours: Neighbours | None = None,
+    on_read: Progress | None = None,
 ) -> Settings:
     """How a plan is carried out.
 
@@ -29,6 +34,7 @@ def settings_of(
         config: what was asked for.
         machine: the memory that there is.
         shard: the ranks that hold the weights together; one where each has all of its own.
+        neighbours: ranks of this machine that would keep the same in host memory.
         on_read: told of what is read before the first run.
     """
     free, device = machine.host_free_bytes, torch.device(machine.device)
@@ -38,11 +44,14 @@ def settings_of(
         piece.range.num_bytes for unit in units for piece in unit.pieces if isinstance(piece.range, FileRange)
     )
     on_device = sum(piece.num_bytes for unit in units for piece in unit.pieces) // shard.size
+    if neighbours is not None:
+        on_device //= neighbours.size
     return Settings(
         is_direct=in_files > _DIRECT_SHARE * free,
         in_host_store=device.type == "cuda" and on_device <= _STORE_SHARE * free,
         is_checked=config.check,
         sharers=shard if shard.size > 1 else None,
+        neighbours=neighbours,
         on_read=on_read,
     )
 

@@ -25,7 +25,7 @@ from penstock.offload.units import Partition, Unit
 from penstock.plan import Plan
 from penstock.timeline import Timeline
 from penstock.undo import Undo
-from penstock.weights.host import HostStore, Progress
+from penstock.weights.host import HostStore, Neighbours, Progress
 from penstock.weights.layout import Layout, packed, paged
 from penstock.weights.memory import Arena
 from penstock.weights.proof import Proof
@@ -51,6 +51,7 @@ class Settings:
         in_host_store: keep what streams in (pinned) host memory and read each file once.
         is_checked: hash every fill and poison what is given up.
         sharers: the ranks that hold the weights together; None where each has all of its own.
+        neighbours: who would keep the same in their host stores.
         on_read: told of what is read before the first run.
     """
 
@@ -58,6 +59,7 @@ class Settings:
     in_host_store: bool = False
     is_checked: bool = False
     sharers: Sharers | None = None
+    neighbours: Neighbours | None = None
     on_read: Progress | None = None
 
 
@@ -108,7 +110,10 @@ class Streamer:
         plans = {unit.name: unit for unit in self.plan.units}
         layouts = {id(unit): layout_of(unit, device, num_sharers) for unit in partition.units}
         stored = {id(unit) for unit in partition.units if self._is_stored(unit, plans[unit.name].residency)}
-        store = self._make_store(sum(layouts[number].num_bytes for number in stored) // num_sharers, device)
+        is_in_files = not any(id(unit) in stored and is_in_memory(unit) for unit in partition.units)
+        store = self._make_store(
+            sum(layouts[number].num_bytes for number in stored) // num_sharers, device, is_in_files
+        )
         tenants = []
         for unit in partition.units:
             layout = layouts[id(unit)]
@@ -132,13 +137,15 @@ class Streamer:
             return True
         return residency != "resident" and (self._settings.in_host_store or self.plan.offload == "sharded")
 
-    def _make_store(self, num_bytes: int, device: torch.device) -> HostStore | None:
+    def _make_store(self, num_bytes: int, device: torch.device, is_in_files: bool) -> HostStore | None:
+        """Where parts are kept; what all neighbours have in files, they keep once."""
         if not num_bytes:
             return None
-        stays_on_device = self.plan.offload == "sharded"
-        self.host_bytes = 0 if stays_on_device else num_bytes
-        is_pinned = device.type == "cuda"
-        self.store = HostStore(num_bytes, is_pinned, device if stays_on_device else None)
+        place = device if self.plan.offload == "sharded" else torch.device("cpu")
+        neighbours = self._settings.neighbours if is_in_files and place.type == "cpu" else None
+        self.store = HostStore(num_bytes, device.type == "cuda", place, neighbours)
+        if self.plan.offload != "sharded":
+            self.host_bytes = num_bytes // self.store.num_sharers
         return self.store
 
     def _make_stages(self, tenants: Mapping[int, Tenant]) -> dict[str, Stage]:

@@ -8,16 +8,32 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from typing import Protocol
 
 import torch
 
-from penstock.weights.memory import HostMemory
+from penstock.weights.memory import HostMemory, room_for
 from penstock.weights.sources import Part, Source, SourceKind
 
 _THREADS = 4
 
 Progress = Callable[[int, int], None]
 """(bytes read so far, bytes in all); called as they arrive."""
+
+
+class Neighbours(Protocol):
+    """Processes of this machine that put the same into their stores, in the same order."""
+
+    rank: int
+    size: int
+
+    def open(self, num_bytes: int) -> int | None:
+        """A file in memory for all of them, or None where each must have its own."""
+        ...
+
+    def wait(self) -> None:
+        """Until all have come here."""
+        ...
 
 
 class HostStore:
@@ -27,10 +43,25 @@ class HostStore:
         num_bytes: of all that will be put in.
         is_pinned: for CUDA.
         device: where they stay; on another device than the host's, they are in host memory only while they are read.
+        neighbours: who keep the same, once for all of them; each reads a part.
+
+    Attributes:
+        tensor: all of it.
+        num_sharers: processes that keep it together.
     """
 
-    def __init__(self, num_bytes: int, is_pinned: bool, device: torch.device | None = None) -> None:
-        self._memory: HostMemory | None = HostMemory(num_bytes, is_pinned)
+    def __init__(
+        self,
+        num_bytes: int,
+        is_pinned: bool,
+        device: torch.device | None = None,
+        neighbours: Neighbours | None = None,
+    ) -> None:
+        file = neighbours.open(room_for(num_bytes)) if neighbours is not None else None
+        self._neighbours = neighbours if file is not None else None
+        self.num_sharers = self._neighbours.size if self._neighbours is not None else 1
+        self._memory: HostMemory | None = HostMemory(num_bytes, is_pinned, file)
+        self._num_parts = 0
         self.tensor = self._memory.tensor
         self._device = device or torch.device("cpu")
         self._used = 0
@@ -48,7 +79,9 @@ class HostStore:
         begin, end = self._used, self._used + num_bytes
         view = self._memory.view[begin:end]
         for part in source.parts:
-            self._work[self._pool.submit(_write, part, view)] = part.num_bytes
+            self._num_parts += 1
+            if self._neighbours is None or self._num_parts % self._neighbours.size == self._neighbours.rank:
+                self._work[self._pool.submit(_write, part, view)] = part.num_bytes
         self._used = end
         return StoredSource(self, begin, end)
 
@@ -68,6 +101,8 @@ class HostStore:
         finally:
             self._pool.shutdown(wait=True, cancel_futures=True)
             self._work.clear()
+        if self._neighbours is not None:
+            self._neighbours.wait()
         if self._device.type != "cpu" and self._memory is not None:
             with torch.inference_mode(False):
                 self.tensor = self.tensor.to(self._device)

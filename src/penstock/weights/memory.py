@@ -7,6 +7,7 @@ size is registered with the driver instead.
 from __future__ import annotations
 
 import mmap
+import os
 import warnings
 from typing import Any
 
@@ -19,6 +20,11 @@ POISON = 0xFF
 """A byte that makes NaN of every float dtype that checkpoints hold."""
 
 
+def room_for(num_bytes: int) -> int:
+    """Bytes in whole pages, one at least."""
+    return max(align(num_bytes, PAGE_BYTES), PAGE_BYTES)
+
+
 class HostMemory:
     """Page-aligned memory of the host, exactly sized to whole pages.
 
@@ -26,6 +32,7 @@ class HostMemory:
         num_bytes: its size.
         is_pinned: register it with CUDA, so that copies to the device run beside compute. Where the driver
             refuses (limits of a container, WSL), it stays pageable, with a warning.
+        file: descriptor of a file in memory that other processes map as well; closed here.
 
     Attributes:
         tensor: all of it, as uint8.
@@ -33,9 +40,13 @@ class HostMemory:
         is_pinned: whether it really is.
     """
 
-    def __init__(self, num_bytes: int, is_pinned: bool = False) -> None:
-        size = max(align(num_bytes, PAGE_BYTES), PAGE_BYTES)
-        self._map = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # a fork gets a copy of its own
+    def __init__(self, num_bytes: int, is_pinned: bool = False, file: int | None = None) -> None:
+        size = room_for(num_bytes)
+        if file is None:
+            self._map = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # a fork gets one of its own
+        else:
+            self._map = mmap.mmap(file, size, flags=mmap.MAP_SHARED)
+            os.close(file)
         self.view = memoryview(self._map)
         with torch.inference_mode(False):
             self.tensor = torch.frombuffer(self._map, dtype=torch.uint8)
