@@ -159,6 +159,31 @@ def test_interrupt_ends_all_ranks_and_leaves_no_file(zoo_folder: Callable[[str],
     assert list(elsewhere.iterdir()) == []
 
 
+@pytest.mark.parametrize("moment", ["loading", "denoising"])
+def test_killed_rank_of_sharded_weights_ends_all(
+    moment: str, zoo_folder: Callable[[str], Path], elsewhere: Path
+) -> None:
+    asked = (str(zoo_folder("flux")), "x", *SMALL[:2], "--device", "cpu", "--steps", "100000")
+    command = [sys.executable, "-m", "penstock", "generate", *asked, "--use-hsdp", "--hsdp-shard-size", "2"]
+    segments = set(Path("/dev/shm").iterdir())
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, process_group=0) as process:
+        deadline = time.monotonic() + 120
+        while not all("diffusion_pytorch_model" in maps for maps in ranks_of(process.pid)):
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.02)
+        if moment == "denoising":
+            time.sleep(5)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(children[1]), signal.SIGKILL)
+        killed_s = time.monotonic()
+        _, err = process.communicate(timeout=30)
+        assert time.monotonic() - killed_s < 10
+    assert process.returncode == 128 + signal.SIGKILL and err
+    assert not any(Path(f"/proc/{child}").exists() for child in children)
+    assert set(Path("/dev/shm").iterdir()) <= segments
+    assert list(elsewhere.iterdir()) == []
+
+
 def ranks_of(launcher: int) -> list[str]:
     """The memory maps of a launcher's two ranks."""
     children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()

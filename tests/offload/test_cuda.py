@@ -75,8 +75,18 @@ def rig_of(api: Cuda, arena: Arena, timeline: Timeline | None = None) -> Rig:
     return Rig(api, arena, memory, chunks, CudaTransfer(watched, timeline, api, make_memory))
 
 
+class Sharer:
+    """The only rank of those that hold weights together; what it gathers is a write of the current stream."""
+
+    rank = 0
+    size = 1
+
+    def gather_into(self, whole: Any, own: torch.Tensor) -> None:
+        whole.copy_(own, non_blocking=True)
+
+
 @contextmanager
-def streaming(api: Cuda, prefetch: int, in_host_store: bool, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def streaming(api: Cuda, prefetch: int, way: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """A toy pipeline streamed by the real residency and stages, through a transfer on the fake CUDA."""
     rigs: list[Rig] = []
 
@@ -88,7 +98,7 @@ def streaming(api: Cuda, prefetch: int, in_host_store: bool, monkeypatch: pytest
     pipeline = Pipeline()
     config = OffloadConfig(device="cpu", offload="layerwise", prefetch=prefetch, max_weight_memory="least")
     planned = plan_pipeline(pipeline, config, CPU, lambda *_: None)
-    settings = streamer.Settings(in_host_store=in_host_store)
+    settings = streamer.Settings(in_host_store=way != "ring", sharers=Sharer() if way == "shards" else None)
     made = streamer.Streamer(pipeline, planned.partition, planned.plan, settings, Timeline())
     made.install()
     with ExitStack() as undo:
@@ -108,26 +118,26 @@ def _reads(rig: Rig, name: str, span: tuple[int, int]) -> Any:
     return read
 
 
-@pytest.mark.parametrize("in_host_store", [True, False], ids=["store", "ring"])
+@pytest.mark.parametrize("way", ["store", "ring", "shards"])
 @pytest.mark.parametrize("prefetch", [0, 1, 2])
-def test_no_fill_and_no_read_race(prefetch: int, in_host_store: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_fill_and_no_read_race(prefetch: int, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = Pipeline()(num_steps=3)
-    with streaming(Cuda(), prefetch, in_host_store, monkeypatch) as (pipeline, made, rig):
+    with streaming(Cuda(), prefetch, way, monkeypatch) as (pipeline, made, rig):
         for _ in range(2):
             assert torch.equal(pipeline(num_steps=3), expected)
         assert made.residency.num_fills >= 6 * 6
         assert rig.races == []
 
 
-@pytest.mark.parametrize("in_host_store", [True, False], ids=["store", "ring"])
+@pytest.mark.parametrize("way", ["store", "ring", "shards"])
 @pytest.mark.parametrize("prefetch", [0, 1, 2])
 @pytest.mark.parametrize(
     ("dropped", "kind"), [("copies waits", "W after R"), ("compute waits", "R after W")], ids=["free", "ready"]
 )
 def test_without_one_of_the_waits_races_are_found(
-    prefetch: int, in_host_store: bool, dropped: str, kind: str, monkeypatch: pytest.MonkeyPatch
+    prefetch: int, way: str, dropped: str, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with streaming(Cuda(dropped), prefetch, in_host_store, monkeypatch) as (pipeline, _, rig):
+    with streaming(Cuda(dropped), prefetch, way, monkeypatch) as (pipeline, _, rig):
         pipeline(num_steps=3)
         assert kind in {race[0] for race in rig.races}
 
@@ -254,7 +264,7 @@ def test_a_fill_from_files_does_not_hold_up_the_one_before_it() -> None:
 
 
 def test_the_host_does_not_wait_for_copies_from_the_store(monkeypatch: pytest.MonkeyPatch) -> None:
-    with streaming(Cuda(), 1, True, monkeypatch) as (pipeline, made, rig):
+    with streaming(Cuda(), 1, "store", monkeypatch) as (pipeline, made, rig):
         pipeline(num_steps=2)
         assert "copies" not in rig.api.host()
         assert made.transfer.busy_s > 0 and rig.transfer.busy_s == made.transfer.busy_s
