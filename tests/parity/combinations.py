@@ -52,7 +52,7 @@ def products(world_size: int) -> Iterator[dict[str, int]]:
 
 
 def ways(world_size: int) -> Iterator[tuple[dict[str, int], dict[str, str], dict[str, bool]]]:
-    """Degrees, options and shards: each product with weights resident and streamed; sharded, by turns one of the two."""
+    """Degrees, options and shards: each product resident, streamed, and sharded in one of these two ways by turns."""
     number = 0
     for degrees in products(world_size):
         for options in ({"offload": "none"}, STREAMED):

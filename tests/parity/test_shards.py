@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, LTX2LatentUpsamplePipeline
+from diffusers.pipelines.ltx2 import LTX2LatentUpsamplerModel
 from torch import Tensor
 
 import penstock
@@ -199,3 +200,38 @@ def test_a_forward_gathers_each_streamed_block_once(zoo_folder: Callable[[str], 
     many = run_ranks(2, log_of, folder, 5, 1)
     for (_, short, streamed, _), (_, long, _, _) in zip(few, many, strict=True):
         assert long - short == 3 * streamed > 0
+
+
+class TwoStages:
+    """LTX-2 as its makers run it: a small video, its latents made larger, and steps on those."""
+
+    def __init__(self) -> None:
+        self.pipe = zoo.build("ltx2")
+        torch.manual_seed(1)
+        upsampler = LTX2LatentUpsamplerModel(in_channels=8, mid_channels=32, num_blocks_per_stage=1)
+        self.upsample = LTX2LatentUpsamplePipeline(vae=self.pipe.vae, latent_upsampler=upsampler.eval())
+
+    def __call__(self) -> list[Tensor]:
+        with torch.inference_mode():
+            video, sound = zoo.run(self.pipe, "ltx2", output_type="latent", return_dict=False)
+            size = {"height": video.shape[-2] * 16, "width": video.shape[-1] * 16}
+            larger = self.upsample(latents=video, output_type="latent", return_dict=False)[0]
+            second = zoo.run(self.pipe, "ltx2", latents=larger, audio_latents=sound, output_type="latent", **size)
+        return [larger, *zoo.tensors(second)]
+
+
+def try_two_stages(size: int) -> list[float]:
+    """On every rank: how far two stages from shards, on the devices and off them, are from the plain ones."""
+    plain, found = TwoStages()(), []
+    for way in ("sharded", "layerwise"):
+        pipeline = TwoStages()
+        with penstock.apply(pipeline, parallel=shards(size), device="cpu", offload=way, check=True) as placed:
+            assert {unit.component for unit in placed.plan.units} >= {"pipe.transformer", "upsample.latent_upsampler"}
+            found.append(difference(pipeline(), plain))
+    return found
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_two_stages_of_ltx2(size: int) -> None:
+    for found in run_ranks(size, try_two_stages, size):
+        assert max(found) < TOLERANCE
