@@ -16,6 +16,7 @@ import penstock
 from penstock.errors import ConfigError
 from tests import zoo
 from tests.parity.test_offload import is_equal
+from tests.ranks import run_ranks
 
 TARGETS = {"flux": ["to_q", "to_k", "to_out.0"], "wan21": ["to_q", "to_v"]}
 pytestmark = pytest.mark.filterwarnings("ignore:No LoRA keys")
@@ -101,3 +102,25 @@ def test_adapter_is_hot_swapped_in_place(name: str, adapter: Path, zoo_folder: C
         placed.remove()
     assert is_equal(pictures[0][0], pictures[1][0]) and is_equal(pictures[0][1], pictures[1][1])
     assert not is_equal(*pictures[0])
+
+
+def try_sharded(name: str, folder: Path, adapter: Path, way: str, is_first: bool) -> bool:
+    """On every rank: whether an adapter on shards makes what it makes on whole weights, and leaves no trace."""
+    plain = DiffusionPipeline.from_pretrained(folder)
+    base, wanted = zoo.tensors(zoo.run(plain, name)), stages(plain, name, adapter)
+    pipeline = DiffusionPipeline.from_pretrained(folder)
+    if is_first:
+        pipeline.load_lora_weights(adapter, adapter_name="style")
+    parallel = penstock.ParallelConfig(use_hsdp=True, hsdp_shard_size=2)
+    with penstock.apply(pipeline, parallel=parallel, device="cpu", offload=way, check=True):
+        found = stages(pipeline, name, adapter, is_loaded=is_first)
+    is_right = all(is_equal(one, other) for one, other in zip(wanted, found, strict=True))
+    return is_right and is_equal(base, zoo.tensors(zoo.run(pipeline, name)))
+
+
+@pytest.mark.parametrize("is_first", [True, False], ids=["before apply", "after apply"])
+@pytest.mark.parametrize("way", ["sharded", "layerwise"])
+def test_adapter_on_sharded_weights(
+    name: str, adapter: Path, way: str, is_first: bool, zoo_folder: Callable[[str], Path]
+) -> None:
+    assert run_ranks(2, try_sharded, name, zoo_folder(name), adapter, way, is_first) == [True, True]
