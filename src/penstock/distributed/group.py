@@ -14,6 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+_gather_into: Any = (
+    getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+)  # its name before torch 2.13
+
 
 class Work(Protocol):
     """An exchange that is under way."""
@@ -77,6 +81,25 @@ class Group:
         dist.all_gather([_sendable(part) for part in parts], _sendable(tensor), group=self.process_group)
         self.traffic.add("all_gather", (self.size - 1) * tensor.nbytes)
         return parts
+
+    def all_gather_into(self, parts: Tensor, tensor: Tensor, is_async: bool = False) -> Work | None:
+        """Fill `parts` with every rank's tensor, in rank order.
+
+        Args:
+            parts: contiguous, of as many elements as `tensor` times the group's size; `tensor` may be a part of it.
+            tensor: contiguous.
+            is_async: only begin; both must stay until the wait returns.
+
+        Returns:
+            What to wait for; None where it is done (on CUDA: where it is in the order of the current stream).
+        """
+        if self.size == 1:
+            if parts.data_ptr() != tensor.data_ptr():
+                parts.copy_(tensor.view_as(parts))
+            return None
+        work = _gather_into(_sendable(parts), _sendable(tensor), group=self.process_group, async_op=is_async)
+        self.traffic.add("all_gather_into", (self.size - 1) * tensor.nbytes)
+        return work  # type: ignore[no-any-return]
 
     def all_to_all(self, tensor: Tensor) -> Tensor:
         """Trade parts: `out[i]` is what rank i had in its `tensor[own rank]`.
