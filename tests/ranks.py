@@ -27,6 +27,7 @@ _PRELOADED = [
     "tests.zoo.denoisers",
     "tests.distributed.sequences",
     "penstock.engine.build",
+    "penstock.distributed.hsdp.shards",
 ]
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (_ROOT, os.environ.get("PYTHONPATH"))))  # for the server
 _CONTEXT = multiprocessing.get_context("forkserver")

@@ -28,6 +28,14 @@ def exchange(dtype: torch.dtype) -> None:
     mine = numbered(group.rank, dtype)
     for rank, part in enumerate(group.all_gather(mine.t())):
         assert torch.equal(part.float(), numbered(rank, dtype).t().float())
+    for is_async in (False, True):
+        parts = torch.zeros(16, 2, dtype=dtype)
+        own = parts[4 * group.rank : 4 * group.rank + 4].copy_(mine)  # in place, as sharded weights are gathered
+        work = group.all_gather_into(parts, own, is_async)
+        assert (work is not None) == is_async
+        if work is not None:
+            work.wait()
+        assert torch.equal(parts.float(), torch.cat([numbered(rank, dtype).float() for rank in range(4)]))
     traded = group.all_to_all(mine)
     for rank in range(4):
         assert torch.equal(traded[rank].float(), numbered(rank, dtype)[group.rank].float())
@@ -37,7 +45,7 @@ def exchange(dtype: torch.dtype) -> None:
     assert torch.equal(received.float(), numbered((group.rank - 1) % 4, dtype).float())
     shared = group.broadcast(mine.clone(), 2)
     assert torch.equal(shared.float(), numbered(2, dtype).float())
-    assert group.traffic.received_bytes["all_gather"] == 3 * mine.nbytes
+    assert group.traffic.received_bytes["all_gather"] == 3 * 3 * mine.nbytes
     assert group.traffic.received_bytes["all_to_all"] == 3 * mine.nbytes // 4
     assert group.traffic.received_bytes["shift"] == mine.nbytes
     assert group.traffic.received_bytes["broadcast"] == (0 if group.rank == 2 else mine.nbytes)

@@ -10,14 +10,18 @@ import pytest
 from penstock import distributed
 
 NAMES = {
+    "HSDPInferenceConfig",
     "SequenceParallelConfig",
     "SequenceParallelInput",
     "SequenceParallelModelPlan",
     "SequenceParallelOutput",
     "SequenceParallelPartialInput",
     "ShardingValidator",
+    "apply_hsdp_to_model",
+    "get_fully_shard_world_size",
     "get_sharding_validator",
     "get_sp_plan_from_model",
+    "shard_model",
     "sp_gather",
     "sp_shard",
     "sp_shard_with_padding",

@@ -10,6 +10,7 @@ import pytest
 
 from penstock.config import ParallelConfig
 from penstock.distributed import parallel_state
+from penstock.distributed.group import Group
 from penstock.distributed.mesh import build_mesh
 from tests.ranks import run_ranks
 
@@ -113,3 +114,15 @@ def test_both_generations_names_mean_the_same() -> None:
         assert one["get_cfg_parallel_rank"] == one["get_classifier_free_guidance_rank"]
         assert one["get_tensor_parallel_rank"] == one["get_tensor_model_parallel_rank"]
         assert one["get_cfg_group"] != one["get_tp_group"]
+
+
+def test_the_shard_group_is_the_one_that_weights_were_sharded_over_last() -> None:
+    parallel_state.set_mesh(build_mesh(ParallelConfig(), "cpu"))
+    assert parallel_state.get_fully_shard_group().ranks == (0,)
+    parallel_state.set_shard_group(Group("shard", 1, (2, 3), None))
+    try:
+        parallel_state.set_mesh(None)  # its groups are its own
+        assert parallel_state.get_fully_shard_world_size() == 2
+        assert parallel_state.get_fully_shard_rank() == 1
+    finally:
+        parallel_state.set_shard_group(None)

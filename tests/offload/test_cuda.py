@@ -81,7 +81,7 @@ class Sharer:
     rank = 0
     size = 1
 
-    def gather_into(self, whole: Any, own: torch.Tensor) -> None:
+    def all_gather_into(self, whole: Any, own: torch.Tensor) -> None:
         whole.copy_(own, non_blocking=True)
 
 

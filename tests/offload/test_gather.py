@@ -40,7 +40,7 @@ class Rank:
         self.rank = rank
         self.size = meeting.size
 
-    def gather_into(self, whole: torch.Tensor, own: torch.Tensor) -> None:
+    def all_gather_into(self, whole: torch.Tensor, own: torch.Tensor) -> None:
         self.meeting.parts[self.rank] = own
         self.meeting.barrier.wait()
         for part, place in zip(self.meeting.parts, whole.view(self.size, -1), strict=True):

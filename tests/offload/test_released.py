@@ -19,7 +19,7 @@ class Alone:
     rank = 0
     size = 1
 
-    def gather_into(self, whole: torch.Tensor, own: torch.Tensor) -> None:
+    def all_gather_into(self, whole: torch.Tensor, own: torch.Tensor) -> None:
         if whole.data_ptr() != own.data_ptr():
             whole.copy_(own)
 

@@ -22,7 +22,7 @@ class Rank:
         self.rank = rank
         self.size = size
 
-    def gather_into(self, whole: torch.Tensor, own: torch.Tensor) -> None:
+    def all_gather_into(self, whole: torch.Tensor, own: torch.Tensor) -> None:
         raise AssertionError("not here")
 
 

@@ -1,4 +1,4 @@
-"""Splitting the work over ranks: sequence, tensor, guidance, pipeline and VAE parallelism.
+"""Splitting the work over ranks: sequence, tensor, guidance, pipeline and VAE parallelism; and sharding the weights.
 
 The names below are those that a model's own code may use. They are resolved when they are first used: importing this
 package imports neither torch nor diffusers.
@@ -10,6 +10,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from penstock.distributed.hsdp.config import HSDPInferenceConfig as HSDPInferenceConfig
+    from penstock.distributed.hsdp.shards import apply_hsdp_to_model as apply_hsdp_to_model
+    from penstock.distributed.hsdp.shards import shard_model as shard_model
+    from penstock.distributed.parallel_state import get_fully_shard_world_size as get_fully_shard_world_size
     from penstock.distributed.sequence.config import SequenceParallelConfig as SequenceParallelConfig
     from penstock.distributed.sequence.plan import SequenceParallelInput as SequenceParallelInput
     from penstock.distributed.sequence.plan import SequenceParallelModelPlan as SequenceParallelModelPlan
@@ -24,6 +28,7 @@ if TYPE_CHECKING:
     from penstock.distributed.sequence.sharding import sp_shard_with_padding as sp_shard_with_padding
 
 _HOMES = {
+    "HSDPInferenceConfig": "hsdp.config",
     "SequenceParallelConfig": "sequence.config",
     "SequenceParallelInput": "sequence.plan",
     "SequenceParallelModelPlan": "sequence.plan",
@@ -31,7 +36,10 @@ _HOMES = {
     "SequenceParallelPartialInput": "sequence.plan",
     "ShardingValidator": "sequence.sharding",
     "get_sharding_validator": "sequence.sharding",
+    "apply_hsdp_to_model": "hsdp.shards",
+    "get_fully_shard_world_size": "parallel_state",
     "get_sp_plan_from_model": "sequence.plan",
+    "shard_model": "hsdp.shards",
     "sp_gather": "sequence.sharding",
     "sp_shard": "sequence.sharding",
     "sp_shard_with_padding": "sequence.sharding",

@@ -8,11 +8,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+_gather_into: Any = (
+    getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+)  # its name before torch 2.13
 
 
 class Work(Protocol):
@@ -20,6 +25,18 @@ class Work(Protocol):
 
     def wait(self) -> Any:
         """Block until it is done."""
+
+
+class _Works(dist.Work):
+    """Several exchanges that are one; FSDP2 waits for what is torch's own."""
+
+    def __init__(self, works: Sequence[Any]) -> None:
+        super().__init__()
+        self._works = works
+
+    def wait(self, timeout: timedelta = timedelta(0)) -> bool:
+        """Wait for all."""
+        return all([work.wait(timeout) for work in self._works])
 
 
 class Traffic:
@@ -78,31 +95,43 @@ class Group:
         self.traffic.add("all_gather", (self.size - 1) * tensor.nbytes)
         return parts
 
-    def gather_into(self, whole: Tensor, own: Tensor) -> None:
-        """Fill `whole` with every rank's `own`, in rank order; nothing is held besides.
+    def all_gather_into(self, parts: Tensor, tensor: Tensor, is_async: bool = False) -> Work | None:
+        """Fill `parts` with every rank's tensor, in rank order; nothing is held besides.
 
-        On the CPU each rank sends to each: gloo's own all-gather holds a second `whole`, and takes three times as long.
+        On the CPU each rank sends to each: gloo's own all-gather holds a second `parts`, and takes three times as long.
 
         Args:
-            whole: (size * n,), contiguous.
-            own: (n,), this rank's part; may be that part of `whole` itself.
-        """
-        if whole.device.type == "cpu":
-            self._trade_into(whole.view(self.size, -1), own)
-        else:
-            dist.all_gather_into_tensor(whole, own, group=self.process_group)
-        self.traffic.add("all_gather", (self.size - 1) * own.nbytes)
+            parts: contiguous, of as many elements as `tensor` times the group's size; `tensor` may be a part of it.
+            tensor: contiguous.
+            is_async: only begin; both must stay until the wait returns.
 
-    def _trade_into(self, parts: Tensor, own: Tensor) -> None:
+        Returns:
+            What to wait for; None where it is done (on CUDA: where it is in the order of the current stream).
+        """
+        if self.size == 1:
+            if parts.data_ptr() != tensor.data_ptr():
+                parts.copy_(tensor.view_as(parts))
+            return None
+        work: Work | None
+        if parts.device.type == "cpu":
+            work = self._trade_into(_sendable(parts).view(self.size, -1), _sendable(tensor).view(-1))
+            if not is_async:
+                work.wait()
+                work = None
+        else:
+            work = _gather_into(_sendable(parts), _sendable(tensor), group=self.process_group, async_op=is_async)
+        self.traffic.add("all_gather", (self.size - 1) * tensor.nbytes)
+        return work
+
+    def _trade_into(self, parts: Tensor, own: Tensor) -> Work:
         if parts[self.rank].data_ptr() != own.data_ptr():
             parts[self.rank].copy_(own)
-        works = []
+        works: list[Any] = []
         for distance in range(1, self.size):
             onto, source = (self.rank + distance) % self.size, (self.rank - distance) % self.size
             works.append(dist.isend(own, self.ranks[onto], group=self.process_group))
             works.append(dist.irecv(parts[source], self.ranks[source], group=self.process_group))
-        for work in works:
-            work.wait()  # type: ignore[union-attr]
+        return _Works(works)
 
     def all_to_all(self, tensor: Tensor) -> Tensor:
         """Trade parts: `out[i]` is what rank i had in its `tensor[own rank]`.

@@ -14,6 +14,7 @@ from penstock.distributed.group import Group
 from penstock.distributed.mesh import Mesh
 
 _of_process: Mesh | None = None
+_shard: Group | None = None
 _of_call: ContextVar[Mesh | None] = ContextVar("the mesh of the call under way", default=None)
 
 
@@ -181,6 +182,33 @@ def get_data_parallel_world_size() -> int:
 def get_data_parallel_rank() -> int:
     """Which replica this rank belongs to."""
     return get_dp_group().rank
+
+
+def set_shard_group(group: Group | None) -> None:
+    """Remember the ranks that weights are sharded over; None where they are whole again."""
+    global _shard
+    _shard = group
+
+
+def get_fully_shard_group() -> Group:
+    """The ranks that hold the weights together: those of the mesh in use, or of the model that FSDP2 sharded last.
+
+    Raises:
+        RuntimeError: where there is neither.
+    """
+    if model_parallel_is_initialized() and get_mesh()["shard"].size > 1:
+        return get_mesh()["shard"]
+    return _shard or get_mesh()["shard"]
+
+
+def get_fully_shard_world_size() -> int:
+    """Number of ranks that weights are sharded over; 1 where they are whole."""
+    return get_fully_shard_group().size
+
+
+def get_fully_shard_rank() -> int:
+    """Which shard of every unit this rank holds."""
+    return get_fully_shard_group().rank
 
 
 get_ulysses_parallel_world_size = get_ulysses_world_size

@@ -164,7 +164,7 @@ class CudaTransfer:
         else:
             self._copy(source.own.memory, first)
         with self._api.stream(self._copies):
-            source.sharers.gather_into(self._arena.tensor[begin : begin + source.num_bytes], own)
+            source.sharers.all_gather_into(self._arena.tensor[begin : begin + source.num_bytes], own)
         with self._lock:
             self.moved_bytes += source.num_bytes - source.part_bytes
         ready.record(self._copies)

@@ -120,7 +120,7 @@ class GatherTransfer:
         begun_s = time.perf_counter()
         if source.sharers.rank == 0:
             own[:_STAMP_BYTES] = torch.frombuffer(bytearray(number.to_bytes(_STAMP_BYTES)), dtype=torch.uint8)
-        source.sharers.gather_into(whole, own)
+        source.sharers.all_gather_into(whole, own)
         ended_s = time.perf_counter()
         found = int.from_bytes(self._view[begin : begin + _STAMP_BYTES])
         if found != number:

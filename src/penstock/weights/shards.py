@@ -32,8 +32,8 @@ class Sharers(Protocol):
         """How many they are."""
         ...
 
-    def gather_into(self, whole: torch.Tensor, own: torch.Tensor) -> None:
-        """Fill `whole` with every rank's `own`, in rank order; all ranks call it in the same order."""
+    def all_gather_into(self, parts: torch.Tensor, tensor: torch.Tensor) -> object:
+        """Fill `parts` with every rank's `tensor`, in rank order; all ranks call it in the same order."""
         ...
 
 
