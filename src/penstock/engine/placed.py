@@ -6,7 +6,6 @@ Owns the way from a configuration to a plan, and what is placed at the moment. T
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -20,7 +19,9 @@ from penstock.config import OffloadConfig, ParallelConfig, config_of
 from penstock.distributed.mesh import Mesh
 from penstock.engine.plans import Dtypes, Planned, plan_pipeline
 from penstock.engine.ranks import agreed, join_ranks, shared_machine, watched
+from penstock.engine.sharing import Sharing
 from penstock.engine.splits import check_splits, split_weights, split_work
+from penstock.engine.stalls import zero_stalls
 from penstock.engine.traffic import counted, traffic_since
 from penstock.errors import ConfigError, NotAPipelineError, PenstockError
 from penstock.machine import Machine
@@ -28,8 +29,7 @@ from penstock.models.components import discover
 from penstock.offload.prompts import PromptCache
 from penstock.offload.streamer import Settings, Streamer
 from penstock.offload.units import Locate
-from penstock.planner.solve import budget_for
-from penstock.report import Report, UnitReport, ZeroStall
+from penstock.report import Report, UnitReport
 from penstock.timeline import Timeline
 from penstock.undo import Undo
 from penstock.weights.maps import MappedFiles
@@ -84,6 +84,7 @@ class Placed:
         self._split = split
         self._streamer = streamer
         self._prompts = prompts
+        self._sharing = Sharing(pipeline, streamer, split.mesh)
         self._notes = notes
         self._device_before = _device_of(pipeline)
         self._traffic_before = counted(split.mesh)
@@ -103,6 +104,7 @@ class Placed:
             if _device_of(pipeline) != device and hasattr(pipeline, "to"):
                 pipeline.to(device)
         self._prompts.install()
+        self._split.work.add(self._sharing.install().run)
         self._split.work.add(split_work(pipeline, self.mesh).run)
 
     def report(self) -> Report:
@@ -130,9 +132,10 @@ class Placed:
         return Report(
             plan=self.plan,
             units=units,
-            notes=self._notes,
+            notes=(*self._notes, *self._sharing.notes()),
             read_bytes=streamer.reader.read_bytes,
             moved_bytes=streamer.transfer.moved_bytes,
+            saved_bytes=streamer.saved_bytes,
             peak_bytes=residency.peak_bytes + self.plan.fixed_bytes,
             host_bytes=streamer.host_bytes,
             fill_s=streamer.transfer.busy_s,
@@ -140,7 +143,7 @@ class Placed:
             num_fills=residency.num_fills,
             num_demanded=residency.num_demanded,
             num_prompt_hits=hits,
-            zero_stall=tuple(self._zero_stalls(streamer)),
+            zero_stall=zero_stalls(self._planned, streamer),
             **self._split_report(),
         )
 
@@ -153,28 +156,6 @@ class Placed:
             "rank": self.mesh["world"].rank,
             "traffic": traffic_since(self.mesh, self._traffic_before),
         }
-
-    def _zero_stalls(self, streamer: Streamer) -> list[ZeroStall]:
-        """r = ceil(n (1 - compute / fill)): with so many residents, filling hides behind compute."""
-        found = []
-        for part in self.plan.components:
-            measured = streamer.measured(part.name)
-            if not part.num_streamed or measured is None:
-                continue
-            compute_s, fill_s = measured
-            total = part.num_resident + part.num_streamed
-            stay = min(max(math.ceil(total * (1 - compute_s / fill_s)), 0), total) if fill_s else 0
-            found.append(
-                ZeroStall(
-                    component=part.name,
-                    compute_s=compute_s,
-                    fill_s=fill_s,
-                    num_blocks=total,
-                    num_resident=stay,
-                    budget_bytes=budget_for(self._planned.demands, part.name, stay, self.plan.prefetch),
-                )
-            )
-        return found
 
     def remove(self) -> None:
         """Put the pipeline back as it was; a second call does nothing. All ranks do it together.
@@ -220,7 +201,8 @@ def apply(pipeline: Any, *, parallel: ParallelConfig | None = None, trace: bool 
         parallel: how its work is split over ranks, which torchrun or another launcher has started; every rank calls
             `apply`, and later the pipeline, with the same arguments.
         trace: keep a `Timeline` of fills, waits and compute.
-        **options: fields of `OffloadConfig`: device, offload, max_weight_memory, prefetch, prompt_cache, check.
+        **options: fields of `OffloadConfig`: device, offload, max_weight_memory, prefetch, share_blocks, prompt_cache,
+            check.
 
     Returns:
         What is placed: `.report()` tells about it, `.remove()` undoes it.
@@ -367,6 +349,7 @@ def _settings(planned: Planned, config: OffloadConfig, machine: Machine) -> Sett
         is_direct=in_files > _DIRECT_SHARE * free,
         in_host_store=device.type == "cuda" and on_device <= _STORE_SHARE * free,
         is_checked=config.check,
+        shares_blocks=config.share_blocks,
     )
 
 
@@ -374,7 +357,7 @@ def _notes(planned: Planned, config: OffloadConfig, device: torch.device) -> lis
     if planned.plan.offload == "none":
         return [
             f"{name} has nothing to act on: nothing streams ({planned.plan.reason})"
-            for name in ("check", "prefetch")
+            for name in ("check", "prefetch", "share_blocks")
             if getattr(config, name)
         ]
     if device.type != "cpu":

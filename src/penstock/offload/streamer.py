@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from penstock.offload.clock import StepClock
+from penstock.offload.convoy import Convoy
 from penstock.offload.cuda import CudaTransfer
 from penstock.offload.guards import guard
 from penstock.offload.residency import Residency, Tenant
@@ -44,15 +45,17 @@ class Settings:
         is_direct: read files past the page cache.
         in_host_store: keep what streams in (pinned) host memory and read each file once.
         is_checked: hash every fill and poison what is given up.
+        shares_blocks: calls of one step are to share what streams; for whoever puts them off.
     """
 
     is_direct: bool = False
     in_host_store: bool = False
     is_checked: bool = False
+    shares_blocks: bool = False
 
 
 class Streamer:
-    """Carries out a plan on a pipeline.
+    """Carries out a plan on a pipeline. Calls that `convoy` runs move each streamed block once.
 
     Args:
         pipeline: whose weights were taken apart.
@@ -72,6 +75,7 @@ class Streamer:
         self._pipeline = pipeline
         self._partition = partition
         self.plan = plan
+        self.shares_blocks = settings.shares_blocks
         self.timeline = timeline
         device = torch.device(plan.device)
         self.arena = Arena(plan.arena_bytes, device)
@@ -88,6 +92,7 @@ class Streamer:
             tenants = self._tenants(partition, device, settings.in_host_store)
             made.pop_all()
         self.residency = Residency(tenants, self.arena, self.transfer, proof, timeline)
+        self.convoy = Convoy()
         self._stages = self._make_stages({id(tenant.unit): tenant for tenant in tenants})
         self._undo = Undo()
 
@@ -113,7 +118,9 @@ class Streamer:
             clock = StepClock(self._pipeline) if part.role == "denoiser" else None
             units = [tenants[id(unit)] for unit in (*part.units, *self._shared_with(part.name))]
             if units:
-                stages[part.name] = Stage(part.module, units, self.residency, self.plan.prefetch, clock, self.timeline)
+                stages[part.name] = Stage(
+                    part.module, units, self.residency, self.plan.prefetch, clock, self.timeline, self.convoy
+                )
         return stages
 
     def _shared_with(self, component: str) -> list[Unit]:
@@ -130,6 +137,27 @@ class Streamer:
             return None  # on an accelerator the host's clock sees launches, not compute
         fill_s = self.transfer.busy_s / self.transfer.num_lanes / self.transfer.moved_bytes * stage.block_bytes
         return stage.compute_s / stage.num_computed, fill_s
+
+    @property
+    def streamed_denoisers(self) -> dict[str, torch.nn.Module]:
+        """Denoisers that have blocks which stream, by name."""
+        streamed = {part.name for part in self.plan.components if part.num_streamed}
+        parts = self._partition.components
+        return {part.name: part.module for part in parts if part.role == "denoiser" and part.name in streamed}
+
+    @property
+    def has_run(self) -> bool:
+        """Whether a streamed block has run."""
+        return any(stage.num_computed for stage in self._stages.values())
+
+    @property
+    def saved_bytes(self) -> int:
+        """Bytes that were not moved, because several calls ran a block while it was there."""
+        return sum(stage.saved_bytes for stage in self._stages.values())
+
+    def announce(self, component: str) -> None:
+        """A call of a component was put off, to be made by the convoy: it is one of the step that runs now."""
+        self._stages[component].announce()
 
     @property
     def tenants(self) -> Sequence[Tenant]:
