@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -100,6 +101,30 @@ def test_what_is_said_to_be_saved_is_what_is_not_moved(num_blocks: int, budget: 
             report = placed.report()
             totals[share] = report.moved_bytes + report.saved_bytes
     assert totals[True] == totals[False]
+
+
+class Within(TwoCalls):
+    """Has its scheduler in an inner pipeline: the calls are made when it is a step further."""
+
+    @property
+    def scheduler(self) -> Any:
+        """The inner pipeline's."""
+        return self.inner.scheduler
+
+    @scheduler.setter
+    def scheduler(self, scheduler: Any) -> None:
+        self.inner = SimpleNamespace(components={}, scheduler=scheduler)
+
+
+@pytest.mark.parametrize("prefetch", [0, 1, 2])
+def test_a_component_that_needs_a_result_keeps_its_weights_while_the_calls_are_made(prefetch: int) -> None:
+    expected = TwoCalls(calls=2)()
+    pipeline = Within(calls=2)
+    with placed_on(pipeline, prefetch=prefetch) as placed:
+        for _ in range(2):
+            assert torch.equal(pipeline(), expected)  # the decoder's weights are fetched before its argument is there
+        decoder = next(tenant for tenant in placed._streamer.tenants if tenant.name == "vae")
+        assert any(rival.unit.is_block for rival in decoder.rivals)
 
 
 def test_the_prefetch_runs_around_the_end_and_not_after_the_last_step() -> None:
@@ -353,3 +378,16 @@ def test_calls_share_blocks_on_ranks_that_split_each_call(degrees: dict[str, int
     for is_same, (apart, together), saved_bytes in run_ranks(2, shared_over_ranks, degrees):
         assert is_same and saved_bytes > 0
         assert apart - together == 2 * (2 + 1)  # two blocks share a slot; one step of the first run is learnt
+
+
+@pytest.mark.parametrize(("offload", "mode"), [("auto", "none"), ("layerwise", "layerwise")])
+def test_it_reaches_a_loaded_pipeline_or_is_told(zoo_folder: Any, offload: str, mode: str) -> None:
+    pipeline = penstock.load(zoo_folder("wan21"), device="cpu", offload=offload, share_blocks=True)
+    zoo.run(pipeline, "wan21")
+    placed = penstock.placed_on(pipeline)
+    assert placed is not None and placed.plan.offload == mode
+    report = placed.report()
+    placed.remove()
+    assert (report.saved_bytes > 0) == (mode == "layerwise")
+    told = "share_blocks has nothing to act on with offload=none (auto: all weights fit)"
+    assert (told in report.notes) == (mode == "none")

@@ -234,11 +234,15 @@ def _place(prepared: Prepared, pipeline: Any, modules: dict[str, Any], trace: bo
         prefetch=plan.prefetch if plan.offload == "layerwise" else None,
         prompt_cache=prepared.config.prompt_cache,
         check=prepared.config.check and plan.offload != "none",
+        share_blocks=prepared.config.share_blocks and plan.offload == "layerwise",
     )
     is_stored = plan.offload != "none" or prepared.has_split_weights  # else the libraries have cast the weights
     dtypes = _dtypes(modules.values() if is_stored else (), prepared.dtype)
     parallel = prepared.parallel if prepared.parallel.world_size > 1 else None
-    place(pipeline, config, parallel, dtypes=dtypes, trace=trace, reason=plan.reason)
+    placed = place(pipeline, config, parallel, dtypes=dtypes, trace=trace, reason=plan.reason)
+    for name in ("check", "prefetch", "share_blocks"):
+        if getattr(prepared.config, name) and not getattr(config, name):
+            placed.tell(f"{name} has nothing to act on with offload={plan.offload} ({plan.reason})")
 
 
 def notes_of(pipeline: Any) -> ModelNotes:

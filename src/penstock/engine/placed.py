@@ -107,6 +107,10 @@ class Placed:
         self._split.work.add(self._sharing.install().run)
         self._split.work.add(split_work(pipeline, self.mesh).run)
 
+    def tell(self, note: str) -> None:
+        """Have the report tell the user something more."""
+        self._notes = (*self._notes, note)
+
     def report(self) -> Report:
         """The effective configuration, and what was measured so far.
 

@@ -61,7 +61,7 @@ class Sharing:
         streamer, pipeline = self._streamer, self._pipeline
         if streamer is None or not callable(pipeline) or not streamer.streamed_denoisers:
             return Undo()
-        self._deferral = Deferral(streamer.convoy.run, self._must_match)
+        self._deferral = Deferral(streamer.run_together, self._must_match)
         with Undo() as undo:
             for name, denoiser in streamer.streamed_denoisers.items():
                 undo.add(apply_deferral(denoiser, self._deferral, partial(streamer.announce, name)).run)

@@ -5,7 +5,7 @@ Owns what `install` does and `remove` undoes. Does not know how a plan is found.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +16,7 @@ from penstock.offload.clock import StepClock
 from penstock.offload.convoy import Convoy
 from penstock.offload.cuda import CudaTransfer
 from penstock.offload.guards import guard
-from penstock.offload.residency import Residency, Tenant
+from penstock.offload.residency import Residency, State, Tenant
 from penstock.offload.stage import Stage
 from penstock.offload.states import whole_states
 from penstock.offload.transfer import HostTransfer, Transfer
@@ -55,7 +55,7 @@ class Settings:
 
 
 class Streamer:
-    """Carries out a plan on a pipeline. Calls that `convoy` runs move each streamed block once.
+    """Carries out a plan on a pipeline. Calls that are run together move each streamed block once.
 
     Args:
         pipeline: whose weights were taken apart.
@@ -154,6 +154,26 @@ class Streamer:
     def saved_bytes(self) -> int:
         """Bytes that were not moved, because several calls ran a block while it was there."""
         return sum(stage.saved_bytes for stage in self._stages.values())
+
+    def run_together(self, calls: Sequence[Callable[[], Any]], is_within: bool = False) -> list[Any]:
+        """Make calls of a denoiser together (`Convoy.run`).
+
+        Args:
+            calls: without arguments.
+            is_within: whether they are made within an operation of torch that needs a result. It may hold weights of
+                another component, whose place the denoiser uses: these are brought back.
+        """
+        if not is_within:
+            return self.convoy.run(calls)
+        denoisers = [part for part in self._partition.components if part.role == "denoiser"]
+        own = {id(unit) for part in denoisers for unit in part.units}
+        others = [tenant for tenant in self.tenants if id(tenant.unit) not in own]
+        found = [(tenant, tenant.state) for tenant in others if tenant.state in (State.READY, State.IN_USE)]
+        outputs = self.convoy.run(calls)
+        for tenant, state in found:
+            bring = self.residency.use if state is State.IN_USE else self.residency.ready
+            bring(tenant)
+        return outputs
 
     def announce(self, component: str) -> None:
         """A call of a component was put off, to be made by the convoy: it is one of the step that runs now."""

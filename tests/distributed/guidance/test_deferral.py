@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from penstock.distributed.guidance.deferral import Deferral, apply_deferral
-from penstock.distributed.guidance.futures import FutureTensor
+from penstock.distributed.guidance.futures import FutureTensor, wait
 from penstock.errors import GenerationError
 
 X = torch.arange(6.0).reshape(2, 3)
@@ -38,9 +38,11 @@ class Log:
 
     def __init__(self) -> None:
         self.sizes: list[int] = []
+        self.within: list[bool] = []
 
-    def run(self, calls: Any) -> list[Any]:
+    def run(self, calls: Any, is_within: bool) -> list[Any]:
         self.sizes.append(len(calls))
+        self.within.append(is_within)
         return [call() for call in calls]
 
 
@@ -76,6 +78,15 @@ def test_the_first_call_of_a_kind_is_made_at_once_and_those_of_other_sizes_are_l
         assert type(denoiser(X[:1])) is Tensor and denoiser.seen == [1.0]
         assert isinstance(denoiser(X[:1]), FutureTensor)
     assert log.sizes == [1]
+
+
+def test_whether_an_operation_waits_is_told() -> None:
+    with deferred() as (denoiser, _, log):
+        X.clone().add_(denoiser(X))
+        wait(denoiser(X))
+        denoiser(X).tolist()
+        X.clone().add_(denoiser(X))
+    assert log.within == [True, False, False, True]
 
 
 def test_what_nobody_needs_is_made_at_the_end() -> None:

@@ -27,8 +27,9 @@ from penstock.distributed.guidance.surroundings import Surroundings, hindrance, 
 from penstock.errors import GenerationError
 from penstock.undo import Undo
 
-RunTogether = Callable[[Sequence[Callable[[], Any]]], list[Any]]
-"""Makes calls that do not wait for each other; returns what they return."""
+RunTogether = Callable[[Sequence[Callable[[], Any]], bool], list[Any]]
+"""Makes calls that do not wait for each other, and returns what they return; told whether an operation of torch that
+has its other arguments already is waiting for them."""
 
 _INSTEAD = "Run the pipeline again without share_blocks."
 
@@ -160,9 +161,10 @@ class Deferral:
                 f"the use of its result, and {len(calls)} calls that share blocks had not been made yet. {_INSTEAD}"
             )
         self._is_making = True
+        is_within = Surroundings.now() != calls[0].surroundings  # torch's dispatch is in a state of its own
         try:
             with calls[0].surroundings.restored():
-                outputs = self._run_together([partial(call.context.run, call.make) for call in calls])
+                outputs = self._run_together([partial(call.context.run, call.make) for call in calls], is_within)
         finally:
             self._is_making = False
         for call, output in zip(calls, outputs, strict=True):

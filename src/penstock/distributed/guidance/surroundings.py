@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 _ALIGNMENT_BYTES = 256
 """Kernels round by where within so many bytes their arguments begin."""
-_CONSTANTS = (bool, int, float, complex, str, torch.dtype, torch.device, type(None))
+_CONSTANTS = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, type(None))
 
 
 @dataclass(frozen=True)
@@ -113,10 +113,10 @@ def settings_of(denoiser: nn.Module) -> Hashable:
 def _settings(state: dict[str, Any]) -> Hashable:
     processor, scaling = state.get("processor"), state.get("scaling")
     return (
-        id(state.get("forward")),
+        state.get("forward"),  # the object, not its id, which another one may get
         *state["_forward_pre_hooks"],
         *state["_forward_hooks"],
-        id(processor),
+        processor,
         repr(getattr(processor, "scale", None)),
         *(scaling.items() if isinstance(scaling, dict) else ()),
         state.get("_disable_adapters"),
