@@ -19,6 +19,7 @@ REPORT = Report(
     notes=("first", "second"),
     read_bytes=2048,
     moved_bytes=4096,
+    saved_bytes=5120,
     peak_bytes=262,
     fill_s=1.239,
     exposed_wait_s=0.5,
@@ -39,6 +40,7 @@ def test_a_report_reads_as_sentences() -> None:
         "slots",
         "  vae (autoencoder): 100 B, 100 B on the device while it runs",
         "read 2 KiB, moved 4 KiB in 7 fills (1 on demand), 1.24 s of filling, 0.50 s waited for",
+        "saved 5 KiB of moves: calls of one step shared their blocks",
         "split ulysses(2), this is rank 1",
         "  ulysses: 4 all_to_all, 3 KiB received",
         "  transformer: a block computes for 10.5 ms and fills in 20.0 ms; with 2 of 3 blocks resident compute would "
@@ -49,7 +51,7 @@ def test_a_report_reads_as_sentences() -> None:
 
 
 def test_what_was_not_measured_is_not_told() -> None:
-    assert len(str(replace(REPORT, zero_stall=(), notes=(), split="", traffic=())).splitlines()) == 5
+    assert len(str(replace(REPORT, saved_bytes=0, zero_stall=(), notes=(), split="", traffic=())).splitlines()) == 5
 
 
 def test_json_is_one_line_with_all_of_it() -> None:

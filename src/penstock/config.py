@@ -84,6 +84,7 @@ class OffloadConfig:
         None, "Most bytes of weights on the device, such as 4GiB, or least; left out: what fits, or the least.", "BYTES"
     )
     prefetch: int | None = option(None, "Blocks on their way ahead of the one that runs; 1 where left out.", "N")
+    share_blocks: bool = option(False, "Move each streamed block once for all calls of a step, not once for each call.")
     prompt_cache: str = option("0", "Encoded prompts to keep, so that repeated ones need no encoder.", "BYTES")
     check: bool = option(False, "Hash every fill against its file and poison what is given up; slow.")
     enable_cpu_offload: bool = option(False, "The same as --offload sequential.")
@@ -107,17 +108,22 @@ class OffloadConfig:
         self._check_combination()
 
     def _check_combination(self) -> None:
-        for name in ("check", "enable_cpu_offload", "enable_layerwise_offload"):
+        for name in ("share_blocks", "check", "enable_cpu_offload", "enable_layerwise_offload"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}={getattr(self, name)!r} is neither True nor False. Give one of them.")
         if self.offload == "none":
-            for name in ("max_weight_memory", "prefetch", "check"):
+            for name in ("max_weight_memory", "prefetch", "share_blocks", "check"):
                 if getattr(self, name):
                     raise ConfigError(
                         f"{name}={getattr(self, name)!r} has no effect with offload='none'. Leave one of them out."
                     )
         if self.offload == "sequential" and self.prefetch is not None:
             raise ConfigError("prefetch counts blocks, and offload='sequential' moves components. Leave it out.")
+        if self.offload == "sequential" and self.share_blocks:
+            raise ConfigError(
+                "share_blocks moves a block once for several calls, and offload='sequential' moves components, which "
+                "stay for all calls. Leave it out."
+            )
 
     @property
     def budget_bytes(self) -> int | None:

@@ -72,6 +72,7 @@ class Report:
         notes: what the user should know.
         read_bytes: read from checkpoint files.
         moved_bytes: written to the device.
+        saved_bytes: not moved, because calls of one step shared a block while it was there (`share_blocks`).
         written_bytes: written to disk; always 0.
         device_to_host_bytes: weights copied back from the device; always 0.
         peak_bytes: the most bytes of units that were on the device at once, with the buffers beside them.
@@ -92,6 +93,7 @@ class Report:
     notes: tuple[str, ...]
     read_bytes: int = 0
     moved_bytes: int = 0
+    saved_bytes: int = 0
     written_bytes: int = 0
     device_to_host_bytes: int = 0
     peak_bytes: int = 0
@@ -139,6 +141,8 @@ class Report:
             f"read {format_bytes(self.read_bytes)}, moved {format_bytes(self.moved_bytes)} in {self.num_fills} fills "
             f"({self.num_demanded} on demand), {self.fill_s:.2f} s of filling, {self.exposed_wait_s:.2f} s waited for"
         )
+        if self.saved_bytes:
+            lines.append(f"saved {format_bytes(self.saved_bytes)} of moves: calls of one step shared their blocks")
         if self.split:
             lines.append(f"split {self.split}, this is rank {self.rank}")
         lines.extend(

@@ -96,3 +96,17 @@ def test_the_scheduler_may_be_exchanged_and_may_lie_in_an_inner_pipeline() -> No
     assert run(clock, inner.scheduler, 2) == [False, True]
     inner.scheduler = scheduler_of("UniPCMultistepScheduler", **FLOW)
     assert run(clock, inner.scheduler, 3) == [False, False, True]
+
+
+def test_a_call_belongs_to_the_step_in_which_it_was_announced() -> None:
+    scheduler = scheduler_of("FlowMatchEulerDiscreteScheduler")
+    clock = StepClock(SimpleNamespace(scheduler=scheduler))
+    scheduler.set_timesteps(3)
+    answers = []
+    x = torch.zeros(1, 4, 2, 2)
+    for t in scheduler.timesteps:
+        for _ in range(2):
+            clock.tick()
+        x = scheduler.step(torch.ones_like(x), t, x, return_dict=False)[0]
+        answers.append(clock.is_last())  # made when the scheduler is a step further
+    assert answers == [False, False, True]

@@ -76,3 +76,10 @@ def test_nothing_streams_where_there_are_no_blocks() -> None:
     schedule: Schedule[str] = Schedule("")
     run(schedule, "")
     assert schedule.upcoming(3, wraps=False) == []
+
+
+def test_places_are_those_of_the_order_as_it_ran() -> None:
+    schedule = Schedule("abcd")
+    assert [schedule.place_of(block) for block in "adx"] == [0, 3, 4]
+    run(schedule, "dcd")
+    assert [schedule.place_of(block) for block in "dca"] == [0, 1, 3]

@@ -239,6 +239,7 @@ def _place(
         prefetch=plan.prefetch if plan.offload in ("layerwise", "sharded") else None,
         prompt_cache=prepared.config.prompt_cache,
         check=prepared.config.check and plan.offload != "none",
+        share_blocks=prepared.config.share_blocks and plan.offload in ("layerwise", "sharded"),
     )
     is_stored = plan.offload != "none" or prepared.has_split_weights  # else the libraries have cast the weights
     dtypes = _dtypes(modules.values() if is_stored else (), prepared.dtype)
@@ -247,7 +248,10 @@ def _place(
     def on_read(done_bytes: int, total_bytes: int) -> None:
         report(LoadEvent(component=_INTO_MEMORY, done_bytes=done_bytes, total_bytes=total_bytes))
 
-    place(pipeline, config, parallel, dtypes=dtypes, trace=trace, reason=plan.reason, on_read=on_read)
+    placed = place(pipeline, config, parallel, dtypes=dtypes, trace=trace, reason=plan.reason, on_read=on_read)
+    for name in ("check", "prefetch", "share_blocks"):
+        if getattr(prepared.config, name) and not getattr(config, name):
+            placed.tell(f"{name} has nothing to act on with offload={plan.offload} ({plan.reason})")
 
 
 def notes_of(pipeline: Any) -> ModelNotes:

@@ -6,7 +6,6 @@ Owns the way from a configuration to a plan, and what is placed at the moment. T
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -22,7 +21,9 @@ from penstock.engine.neighbours import Neighbours
 from penstock.engine.plans import Dtypes, Planned, plan_pipeline
 from penstock.engine.ranks import agreed, join_ranks, require_alike, shared_machine, watched
 from penstock.engine.settings import notes_of_plan, settings_of
+from penstock.engine.sharing import Sharing
 from penstock.engine.splits import check_splits, split_weights, split_work
+from penstock.engine.stalls import zero_stalls
 from penstock.engine.traffic import counted, traffic_since
 from penstock.errors import ConfigError, NotAPipelineError, PenstockError
 from penstock.machine import Machine
@@ -30,8 +31,7 @@ from penstock.models.components import discover
 from penstock.offload.prompts import PromptCache
 from penstock.offload.streamer import Streamer
 from penstock.offload.units import Locate
-from penstock.planner.solve import budget_for
-from penstock.report import Report, UnitReport, ZeroStall
+from penstock.report import Report, UnitReport
 from penstock.timeline import Timeline
 from penstock.undo import Undo
 from penstock.weights.host import Progress
@@ -85,6 +85,7 @@ class Placed:
         self._split = split
         self._streamer = streamer
         self._prompts = prompts
+        self._sharing = Sharing(pipeline, streamer, split.mesh)
         self._notes = notes
         self._device_before = _device_of(pipeline)
         self._traffic_before = counted(split.mesh)
@@ -104,6 +105,7 @@ class Placed:
             if _device_of(pipeline) != device and hasattr(pipeline, "to"):
                 pipeline.to(device)
         self._prompts.install()
+        self._split.work.add(self._sharing.install().run)
         self._split.work.add(split_work(pipeline, self.mesh).run)
 
     def layouts(self) -> str:
@@ -111,6 +113,10 @@ class Placed:
         tenants = self._streamer.tenants if self._streamer else ()
         places = [(tenant.name, tenant.plan.begin, tenant.layout.positions) for tenant in tenants]
         return f"{self.plan.to_json()} {places}"
+
+    def tell(self, note: str) -> None:
+        """Have the report tell the user something more."""
+        self._notes = (*self._notes, note)
 
     def report(self) -> Report:
         """The effective configuration, and what was measured so far.
@@ -137,9 +143,10 @@ class Placed:
         return Report(
             plan=self.plan,
             units=units,
-            notes=self._notes,
+            notes=(*self._notes, *self._sharing.notes()),
             read_bytes=streamer.reader.read_bytes,
             moved_bytes=streamer.transfer.moved_bytes,
+            saved_bytes=streamer.saved_bytes,
             peak_bytes=residency.peak_bytes + self.plan.fixed_bytes,
             host_bytes=streamer.host_bytes,
             fill_s=streamer.transfer.busy_s,
@@ -147,7 +154,7 @@ class Placed:
             num_fills=residency.num_fills,
             num_demanded=residency.num_demanded,
             num_prompt_hits=hits,
-            zero_stall=tuple(self._zero_stalls(streamer)),
+            zero_stall=zero_stalls(self._planned, streamer),
             **self._split_report(),
         )
 
@@ -160,28 +167,6 @@ class Placed:
             "rank": self.mesh["world"].rank,
             "traffic": traffic_since(self.mesh, self._traffic_before),
         }
-
-    def _zero_stalls(self, streamer: Streamer) -> list[ZeroStall]:
-        """r = ceil(n (1 - compute / fill)): with so many residents, filling hides behind compute."""
-        found = []
-        for part in self.plan.components:
-            measured = streamer.measured(part.name)
-            if not part.num_streamed or measured is None:
-                continue
-            compute_s, fill_s = measured
-            total = part.num_resident + part.num_streamed
-            stay = min(max(math.ceil(total * (1 - compute_s / fill_s)), 0), total) if fill_s else 0
-            found.append(
-                ZeroStall(
-                    component=part.name,
-                    compute_s=compute_s,
-                    fill_s=fill_s,
-                    num_blocks=total,
-                    num_resident=stay,
-                    budget_bytes=budget_for(self._planned.demands, part.name, stay, self.plan.prefetch),
-                )
-            )
-        return found
 
     def remove(self) -> None:
         """Put the pipeline back as it was; a second call does nothing. All ranks do it together.
@@ -227,7 +212,8 @@ def apply(pipeline: Any, *, parallel: ParallelConfig | None = None, trace: bool 
         parallel: how its work is split over ranks, which torchrun or another launcher has started; every rank calls
             `apply`, and later the pipeline, with the same arguments.
         trace: keep a `Timeline` of fills, waits and compute.
-        **options: fields of `OffloadConfig`: device, offload, max_weight_memory, prefetch, prompt_cache, check.
+        **options: fields of `OffloadConfig`: device, offload, max_weight_memory, prefetch, share_blocks, prompt_cache,
+            check.
 
     Returns:
         What is placed: `.report()` tells about it, `.remove()` undoes it.

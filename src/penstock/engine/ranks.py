@@ -19,6 +19,7 @@ from penstock.distributed.group import Group
 from penstock.distributed.mesh import Mesh, alone, build_mesh, num_running, require_ranks
 from penstock.distributed.watch import current_watch
 from penstock.engine.placement import choose_device
+from penstock.engine.sharing import check_sharing
 from penstock.errors import ConfigError, PenstockError
 from penstock.machine import Machine, read_machine
 
@@ -33,10 +34,12 @@ def join_ranks(config: OffloadConfig, parallel: ParallelConfig | None) -> tuple[
         parallel: the degrees; None for a process on its own, whatever started it.
 
     Raises:
-        ConfigError: for a device that this machine has not, and for degrees that are not the ranks that were started.
+        ConfigError: for a device that this machine has not, for degrees that are not the ranks that were started, and
+            for what does not go with degrees.
 
     Cost: with several ranks it waits for all of them.
     """
+    check_sharing(config, parallel)
     device = choose_device(config)
     environment = read_environment() if parallel else None
     if parallel is not None:

@@ -50,6 +50,7 @@ def settings_of(
         is_direct=in_files > _DIRECT_SHARE * free,
         in_host_store=device.type == "cuda" and on_device <= _STORE_SHARE * free,
         is_checked=config.check,
+        shares_blocks=config.share_blocks,
         sharers=shard if shard.size > 1 else None,
         neighbours=neighbours,
         on_read=on_read,
@@ -61,7 +62,7 @@ def notes_of_plan(planned: Planned, config: OffloadConfig) -> list[str]:
     if planned.plan.offload == "none":
         return [
             f"{name} has nothing to act on: nothing streams ({planned.plan.reason})"
-            for name in ("check", "prefetch")
+            for name in ("check", "prefetch", "share_blocks")
             if getattr(config, name)
         ]
     if planned.plan.device != "cpu" or planned.plan.num_sharers > 1:

@@ -21,12 +21,13 @@ class StepClock:
     def __init__(self, pipeline: Any) -> None:
         self._pipeline = pipeline
         self._step: int | None = None
+        self._num_steps = 0
         self._calls = 0
         self._calls_per_step = 1
 
     def tick(self) -> None:
-        """A call of the denoiser begins."""
-        step = self._now()[0]
+        """A call of the denoiser begins, or is put off."""
+        step, self._num_steps = self._now()
         if step != self._step:
             if self._step is not None and step > self._step:
                 self._calls_per_step = max(self._calls, 1)
@@ -35,8 +36,8 @@ class StepClock:
 
     def is_last(self) -> bool:
         """Whether the call that began last is the last one of the run."""
-        step, num_steps = self._now()
-        return num_steps > 0 and step >= num_steps - 1 and self._calls >= self._calls_per_step
+        is_last_step = self._step is not None and 0 < self._num_steps <= self._step + 1
+        return is_last_step and self._calls >= self._calls_per_step
 
     def _now(self) -> tuple[int, int]:
         """The step that runs, from 0, and how many there are; 0 of 0 where no scheduler says."""

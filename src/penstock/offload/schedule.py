@@ -36,6 +36,10 @@ class Schedule(Generic[T]):
                 self._position = at
                 return
 
+    def place_of(self, block: T) -> int:
+        """Where in the order a block first comes; behind all others where it was never seen to run."""
+        return self.order.index(block) if block in self.order else len(self.order)
+
     def upcoming(self, count: int, wraps: bool) -> list[T]:
         """The next blocks, at most `count`, each once; past the end only where the component `wraps` around."""
         found: list[T] = []

@@ -15,6 +15,7 @@ from torch import nn
 
 from penstock.offload.clock import StepClock
 from penstock.offload.compiled import compile_inside
+from penstock.offload.convoy import Convoy
 from penstock.offload.residency import Residency, State, Tenant
 from penstock.offload.schedule import Schedule
 from penstock.timeline import Timeline
@@ -31,10 +32,12 @@ class Stage:
         prefetch: streamed blocks on their way beside the one that runs.
         clock: says when the last call of a denoiser is; None for a component that runs once.
         timeline: where compute is noted, or None.
+        convoy: lets calls pass through a streamed block together.
 
     Attributes:
-        num_computed: forwards of streamed blocks so far.
+        num_computed: stays of streamed blocks in which they ran, so far.
         compute_s: seconds that they took, on the host's clock.
+        saved_bytes: not moved, because several calls ran a block while it was there.
     """
 
     def __init__(
@@ -45,6 +48,7 @@ class Stage:
         prefetch: int,
         clock: StepClock | None = None,
         timeline: Timeline | None = None,
+        convoy: Convoy | None = None,
     ) -> None:
         self._module = module
         self._tenants = list(tenants)
@@ -52,17 +56,24 @@ class Stage:
         self._ahead = prefetch + 1
         self._clock = clock
         self._timeline = timeline
+        self._convoy = convoy or Convoy()
         self.schedule = Schedule([tenant for tenant in self._tenants if tenant.plan.slot is not None])
         self._undo = Undo()
         self._begun_s = 0.0
         self.num_computed = 0
         self.compute_s = 0.0
+        self.saved_bytes = 0
 
     @property
     def block_bytes(self) -> float:
         """Bytes of a streamed block, on average."""
         streamed = [tenant for tenant in self._tenants if tenant.plan.slot is not None]
         return sum(tenant.plan.num_bytes for tenant in streamed) / max(len(streamed), 1)
+
+    def announce(self) -> None:
+        """A call was put off, to be made by the convoy: it is one of the step that runs now."""
+        if self._clock is not None:
+            self._clock.tick()
 
     def install(self) -> None:
         """Set the hooks."""
@@ -90,9 +101,10 @@ class Stage:
         """The component runs: ask for its units in the order in which they will be needed."""
         self._residency.begin_run()
         self._residency.require_unwritten()
-        if self._clock is not None:
+        if self._convoy.begin(self):
+            self.schedule.begin()
+        if self._clock is not None and not self._convoy.is_going:
             self._clock.tick()
-        self.schedule.begin()
         due: list[Tenant] = []
         for tenant in self.schedule.upcoming(self._ahead, wraps=False):
             if not any(nearer in tenant.rivals for nearer in due):
@@ -107,23 +119,29 @@ class Stage:
 
     def _end(self, module: nn.Module, args: Any, output: Any) -> Any:
         self._residency.end_run()
-        self.schedule.end()
+        if self._convoy.end(self):
+            self.schedule.end()
         if self._timeline is not None and not any(tenant.unit.is_block for tenant in self._tenants):
             self._timeline.add("compute", self._tenants[0].name, self._begun_s, time.perf_counter())
         return self._residency.apart(output)
 
     def _enter(self, tenant: Tenant, *_: Any) -> None:
         """A streamed block runs: its weights are waited for, and those behind it asked for."""
-        self.schedule.advance(tenant)
+        if self._convoy.arrive(tenant, self.schedule.place_of(tenant)):
+            self.schedule.advance(tenant)
+        elif any(other is not tenant and other.plan.slot == tenant.plan.slot for other in self.schedule.order):
+            self.saved_bytes += sum(part.num_bytes for part in tenant.source.parts)  # it would have been driven out
         self._residency.use(tenant)
         self._ask(self._ahead - 1)
         self._begun_s = time.perf_counter()
 
     def _leave(self, tenant: Tenant, *_: Any) -> None:
-        """A streamed block has run: its slot is the next one's."""
-        self.num_computed += 1
+        """A streamed block has run: its slot is the next one's, unless other calls have come to the same block."""
         self.compute_s += time.perf_counter() - self._begun_s
         self._note(tenant)
+        if not self._convoy.leave(tenant):
+            return
+        self.num_computed += 1
         self._residency.release(tenant)
         self._ask(self._ahead)
 

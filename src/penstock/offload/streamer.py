@@ -5,7 +5,7 @@ Owns what `install` does and `remove` undoes. Does not know how a plan is found.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -13,11 +13,12 @@ from typing import Any
 import torch
 
 from penstock.offload.clock import StepClock
+from penstock.offload.convoy import Convoy
 from penstock.offload.cuda import CudaTransfer
 from penstock.offload.gather import GatherTransfer
 from penstock.offload.guards import guard
 from penstock.offload.released import is_in_memory, let_go
-from penstock.offload.residency import Residency, Tenant
+from penstock.offload.residency import Residency, State, Tenant
 from penstock.offload.stage import Stage
 from penstock.offload.states import whole_states
 from penstock.offload.transfer import HostTransfer, Transfer
@@ -53,6 +54,7 @@ class Settings:
         sharers: the ranks that hold the weights together; None where each has all of its own.
         neighbours: who would keep the same in their host stores.
         on_read: told of what is read before the first run.
+        shares_blocks: calls of one step are to share what streams; for whoever puts them off.
     """
 
     is_direct: bool = False
@@ -61,10 +63,11 @@ class Settings:
     sharers: Sharers | None = None
     neighbours: Neighbours | None = None
     on_read: Progress | None = None
+    shares_blocks: bool = False
 
 
 class Streamer:
-    """Carries out a plan on a pipeline.
+    """Carries out a plan on a pipeline. Calls that are run together move each streamed block once.
 
     Args:
         pipeline: whose weights were taken apart.
@@ -84,6 +87,7 @@ class Streamer:
         self._pipeline = pipeline
         self._partition = partition
         self.plan = plan
+        self.shares_blocks = settings.shares_blocks
         self.timeline = timeline
         device = torch.device(plan.device)
         self._settings = settings
@@ -101,6 +105,7 @@ class Streamer:
             tenants = self._tenants(partition, device)
             made.pop_all()
         self.residency = Residency(tenants, self.arena, self.transfer, self._proof, timeline)
+        self.convoy = Convoy()
         self._stages = self._make_stages({id(tenant.unit): tenant for tenant in tenants})
         self._undo = Undo()
 
@@ -154,7 +159,9 @@ class Streamer:
             clock = StepClock(self._pipeline) if part.role == "denoiser" else None
             units = [tenants[id(unit)] for unit in (*part.units, *self._shared_with(part.name))]
             if units:
-                stages[part.name] = Stage(part.module, units, self.residency, self.plan.prefetch, clock, self.timeline)
+                stages[part.name] = Stage(
+                    part.module, units, self.residency, self.plan.prefetch, clock, self.timeline, self.convoy
+                )
         return stages
 
     def _shared_with(self, component: str) -> list[Unit]:
@@ -171,6 +178,47 @@ class Streamer:
             return None  # on an accelerator the host's clock sees launches, not compute
         fill_s = self.transfer.busy_s / self.transfer.num_lanes / self.transfer.moved_bytes * stage.block_bytes
         return stage.compute_s / stage.num_computed, fill_s
+
+    @property
+    def streamed_denoisers(self) -> dict[str, torch.nn.Module]:
+        """Denoisers that have blocks which stream, by name."""
+        streamed = {part.name for part in self.plan.components if part.num_streamed}
+        parts = self._partition.components
+        return {part.name: part.module for part in parts if part.role == "denoiser" and part.name in streamed}
+
+    @property
+    def has_run(self) -> bool:
+        """Whether a streamed block has run."""
+        return any(stage.num_computed for stage in self._stages.values())
+
+    @property
+    def saved_bytes(self) -> int:
+        """Bytes that were not moved, because several calls ran a block while it was there."""
+        return sum(stage.saved_bytes for stage in self._stages.values())
+
+    def run_together(self, calls: Sequence[Callable[[], Any]], is_within: bool = False) -> list[Any]:
+        """Make calls of a denoiser together (`Convoy.run`).
+
+        Args:
+            calls: without arguments.
+            is_within: whether they are made within an operation of torch that needs a result. It may hold weights of
+                another component, whose place the denoiser uses: these are brought back.
+        """
+        if not is_within:
+            return self.convoy.run(calls)
+        denoisers = [part for part in self._partition.components if part.role == "denoiser"]
+        own = {id(unit) for part in denoisers for unit in part.units}
+        others = [tenant for tenant in self.tenants if id(tenant.unit) not in own]
+        found = [(tenant, tenant.state) for tenant in others if tenant.state in (State.READY, State.IN_USE)]
+        outputs = self.convoy.run(calls)
+        for tenant, state in found:
+            bring = self.residency.use if state is State.IN_USE else self.residency.ready
+            bring(tenant)
+        return outputs
+
+    def announce(self, component: str) -> None:
+        """A call of a component was put off, to be made by the convoy: it is one of the step that runs now."""
+        self._stages[component].announce()
 
     @property
     def tenants(self) -> Sequence[Tenant]:

@@ -55,14 +55,30 @@ def apply_guidance(denoiser: nn.Module, group: Group, *, lockstep: bool = False)
     Cost: received per rank and round (size - 1) predictions, or that share of the batch's. The first single call
     with samples of a new shape is executed by every rank, to learn what it returns.
     """
-    undo = Undo()
     if group.size == 1:
-        return undo
+        return Undo()
+    return intercepted(denoiser, _Calls(denoiser, group, lockstep).make)
+
+
+Make = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+"""Makes a call: given what executes it, and its arguments."""
+
+
+def intercepted(denoiser: nn.Module, make: Make) -> Undo:
+    """Have the calls of a denoiser made by somebody else; calls of its methods are not.
+
+    Args:
+        denoiser: whose class is replaced by one that looks the same.
+        make: makes the calls.
+
+    Returns:
+        What takes it back.
+    """
+    undo = Undo()
     stock = type(denoiser)
-    calls = _Calls(denoiser, group, lockstep)
 
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return calls.make(partial(stock.__call__, self), args, kwargs)
+        return make(partial(stock.__call__, self), args, kwargs)
 
     names = {name: getattr(stock, name) for name in ("__module__", "__qualname__", "__doc__")}
     guided = types.new_class(
@@ -98,13 +114,13 @@ class _Calls:
         if not self._rounds.is_running:
             return execute(*args, **kwargs)
         args, kwargs = wait((args, kwargs))
-        named = self._named(args, kwargs)
-        batch = batch_of(named[0][1], self._group)
+        arguments = named(self._names, args, kwargs)
+        batch = batch_of(arguments[0][1], self._group)
         share = self._share(batch, args, kwargs) if batch is not None else None
         if batch is not None and share is not None:
             self._rounds.close()
             return batch.join(execute(*share[0], **share[1]), self._group)
-        kind = _kind(named)
+        kind = kind_of(arguments)
         form = self._forms.get(kind)
         call = partial(execute, *args, **kwargs)
         together = self._denoiser if self._lockstep else None
@@ -112,15 +128,6 @@ class _Calls:
             return self._rounds.add(call, form, together)
         output, self._forms[kind] = self._rounds.learn(call, together)
         return output
-
-    def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[str, Any]]:
-        """The arguments with their names, the sample first."""
-        by_name = sorted(kwargs.items(), key=lambda item: item[0] != self._names[0])
-        return [*self._positional(args), *by_name] or [("", None)]
-
-    def _positional(self, args: tuple[Any, ...]) -> list[tuple[str, Any]]:
-        names = [*self._names, *[""] * len(args)]
-        return list(zip(names, args, strict=False))
 
     def _share(
         self, batch: Batch, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -130,14 +137,30 @@ class _Calls:
             return None
         try:
             return (
-                [batch.cut(name, value) for name, value in self._positional(args)],
+                [batch.cut(name, value) for name, value in _positional(self._names, args)],
                 {name: batch.cut(name, value) for name, value in kwargs.items()},
             )
         except UnsplittableError:
             return None
 
 
-def _kind(arguments: list[tuple[str, Any]]) -> Hashable:
+def named(names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[str, Any]]:
+    """The arguments of a call with their names, the sample first.
+
+    Args:
+        names: of the parameters; at least one, that of the sample.
+        args: of the call.
+        kwargs: of the call.
+    """
+    by_name = sorted(kwargs.items(), key=lambda item: item[0] != names[0])
+    return [*_positional(names, args), *by_name] or [("", None)]
+
+
+def _positional(names: list[str], args: tuple[Any, ...]) -> list[tuple[str, Any]]:
+    return list(zip([*names, *[""] * len(args)], args, strict=False))
+
+
+def kind_of(arguments: list[tuple[str, Any]]) -> Hashable:
     """What two calls have in common that return outputs of one form; the sample is the first argument."""
     (first, sample), *rest = arguments
     traits = [(name, *(_trait(name, leaf) for leaf in tree_leaves(value))) for name, value in rest]
