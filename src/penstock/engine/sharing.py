@@ -53,7 +53,7 @@ class Sharing:
     def __init__(self, pipeline: Any, streamer: Streamer | None, mesh: Mesh) -> None:
         self._pipeline = pipeline
         self._streamer = streamer if streamer is not None and streamer.shares_blocks else None
-        self._must_match = mesh["replica"].size > 1  # then splits keep the same of both calls
+        self._must_match = mesh["sequence"].size > 1  # which keeps lengths of streams, once per denoiser
         self._deferral: Deferral | None = None
 
     def install(self) -> Undo:
