@@ -41,6 +41,28 @@ def test_ranks_that_a_launcher_started_must_be_used(monkeypatch: pytest.MonkeyPa
     assert join_ranks(CPU, None)[1]["world"].size == 1  # a program that uses its ranks for itself
 
 
+def ask(wishes: list[tuple[dict[str, int], str]]) -> str:
+    degrees, device = wishes[torch.distributed.get_rank()]
+    try:
+        join_ranks(OffloadConfig(device=device), ParallelConfig(**degrees))
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def test_ranks_that_ask_for_different_things_hear_of_it() -> None:
+    wishes = [({"ulysses_degree": 2}, "cpu"), ({"ring_degree": 2}, "cpu")]
+    for said in run_ranks(2, ask, wishes):
+        assert said.startswith("rank 1 was asked for something else than rank 0")
+    assert run_ranks(2, ask, [wishes[0], wishes[0]]) == ["", ""]
+
+
+def test_a_rank_without_its_device_is_nobodys_wait() -> None:
+    first, second = run_ranks(2, ask, [({"ulysses_degree": 2}, "cpu"), ({"ulysses_degree": 2}, "cuda")])
+    assert first.startswith("rank 1 of 2 cannot go on, and the others not without it: device='cuda' is not on this")
+    assert "device='cuda' is not on this machine" in second
+
+
 def memory() -> tuple[int, int, str]:
     mesh = build_mesh(ParallelConfig(ulysses_degree=4), "cpu")
     machine = shared_machine(torch.device("cpu"), mesh)
@@ -77,7 +99,7 @@ def fail_on(rank: int) -> str:
 def test_a_step_that_fails_on_one_rank_fails_on_all() -> None:
     assert run_ranks(2, fail_on, None) == ["done", "done"]
     first, second = run_ranks(2, fail_on, 1)
-    assert first.startswith("ConfigError: rank 1 of 2 could not place its part")
+    assert first.startswith("ConfigError: rank 1 of 2 cannot go on")
     assert second == "ModelError: there is no more."
 
 

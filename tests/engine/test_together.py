@@ -283,6 +283,26 @@ def test_another_pipeline_with_the_same_denoiser_runs_on_one_rank_alone() -> Non
     assert run_ranks(2, another_pipeline, timeout_s=40) == [(0.0, 0.0)] * 2
 
 
+def sibling(is_equal: bool) -> str | float:
+    """Another pipeline with a denoiser whose sequences are split, with one seed or one for each rank."""
+    pipeline = zoo.build("wan21")
+    plain = zoo.tensors(zoo.run(pipeline, "wan21", seed=3))[0]
+    with penstock.apply(pipeline, device="cpu", offload="none", parallel=ParallelConfig(ulysses_degree=2)) as placed:
+        second = type(zoo.build("wan21"))(**pipeline.components)
+        try:
+            found = zoo.tensors(zoo.run(second, "wan21", seed=3 if is_equal else placed.mesh["world"].rank))[0]
+        except RequestError as error:
+            return str(error)
+    return float((found - plain).abs().max())
+
+
+def test_a_split_denoiser_makes_no_picture_of_nobodys_for_another_pipeline() -> None:
+    for said in run_ranks(2, sibling, False, timeout_s=40):
+        assert "rank 1 of 2 was called with other arguments than rank 0" in str(said)
+    for far in run_ranks(2, sibling, True, timeout_s=40):
+        assert isinstance(far, float) and far < 1e-4
+
+
 def test_ranks_on_the_cpu_leave_cuda_alone() -> None:
     assert run_ranks(2, throw_beside_cuda) == [None, None]
 

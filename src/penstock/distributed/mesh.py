@@ -134,6 +134,11 @@ def num_running() -> int:
     return int(dist.get_world_size()) if dist.is_initialized() else 1
 
 
+def world_group() -> Group:
+    """All ranks that have met, before any mesh of theirs."""
+    return Group("world", dist.get_rank(), tuple(range(num_running())), dist.group.WORLD)
+
+
 def require_ranks(config: ParallelConfig, world_size: int) -> None:
     """Whether the degrees multiply to the number of ranks.
 

@@ -34,6 +34,11 @@ def using(mesh: Mesh) -> Iterator[None]:
         _of_call.reset(token)
 
 
+def is_in_call(mesh: Mesh) -> bool:
+    """Whether this thread is within a call that brought this mesh."""
+    return _of_call.get() is mesh
+
+
 def get_mesh() -> Mesh:
     """The mesh in use.
 

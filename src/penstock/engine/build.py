@@ -133,7 +133,7 @@ def prepare(model: str | Path, config: LoadConfig, parallel: ParallelConfig | No
 
     Cost: configs, tokenizers and safetensors headers are read; no weights.
     """
-    device, mesh = join_ranks(config, parallel)
+    device, mesh = join_ranks(config, parallel, Path(model).name)
     with watched(mesh):
         machine = shared_machine(device, mesh)
         return agreed(mesh["world"], partial(_prepared, model, config, device, mesh, machine))

@@ -133,7 +133,8 @@ def verify(
             rank; on several, where sums are made in another order, 1e-4 in float32 and 5e-2 in shorter dtypes.
         reference_dtype: dtype of the plain run; None takes that of the configuration.
         control: also run with one damaged weight, which must not pass.
-        parallel: how the work is split; each rank makes the plain picture as well, and compares its own with it.
+        parallel: how the work is split; each rank makes the plain picture as well, and compares its own with it. With
+            tiles of the VAE spread over ranks the plain VAE is tiled too.
         **options: fields of `LoadConfig`: the configuration to verify.
 
     Raises:
@@ -264,7 +265,7 @@ def _worst(differences: tuple[Difference, ...], group: Group) -> tuple[Differenc
 def _tolerance(prepared: Prepared) -> float:
     parallel = prepared.parallel
     reorders = parallel.cfg_parallel_size * parallel.sequence_size * parallel.tensor_parallel_size > 1
-    if not reorders and parallel.vae_patch_parallel_size == 1:  # pictures, stages and shards change no order
+    if not reorders:  # pictures, stages, shards and tiles change no order
         return 0.0
     return _SPLIT_TOLERANCE if prepared.dtype == torch.float32 else _SHORT_TOLERANCE
 
@@ -285,6 +286,11 @@ def _plain(prepared: Prepared, dtype: torch.dtype) -> Any:
             variant=config.variant,
             trust_remote_code=config.trust_remote_code,
         )
+    if prepared.parallel.vae_patch_parallel_size > 1:
+        vaes: list[Any] = [component.module for component in discover(pipeline).by_role("vae")]
+        for vae in vaes:
+            if hasattr(vae, "enable_tiling"):
+                vae.enable_tiling()  # the tiles are the picture's: on one rank it would be made of the same
     return pipeline.to(prepared.device)
 
 

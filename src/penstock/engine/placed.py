@@ -256,7 +256,7 @@ def place(
             "as attributes; penstock.load takes names and folders."
         )
     _require_unplaced(pipeline)
-    device, mesh = join_ranks(config, parallel)
+    device, mesh = join_ranks(config, parallel, type(pipeline).__name__)
     with watched(mesh):
         machine = shared_machine(device, mesh)
         split = agreed(mesh["world"], partial(_split, pipeline, mesh, dtypes))

@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -16,53 +17,98 @@ import torch
 from penstock.config import OffloadConfig, ParallelConfig
 from penstock.distributed.environment import RankEnvironment, read_environment, start
 from penstock.distributed.group import Group
-from penstock.distributed.mesh import Mesh, alone, build_mesh, num_running, require_ranks
+from penstock.distributed.mesh import Mesh, alone, build_mesh, num_running, require_ranks, world_group
 from penstock.distributed.watch import current_watch
 from penstock.engine.placement import choose_device
-from penstock.engine.sharing import check_sharing
 from penstock.errors import ConfigError, PenstockError
 from penstock.machine import Machine, read_machine
 
 T = TypeVar("T")
+_HEARD_BYTES = 1000
 
 
-def join_ranks(config: OffloadConfig, parallel: ParallelConfig | None) -> tuple[torch.device, Mesh]:
+def join_ranks(config: OffloadConfig, parallel: ParallelConfig | None, model: str = "") -> tuple[torch.device, Mesh]:
     """This rank's device, and its place in the mesh.
 
     Args:
-        config: names the device.
+        config: names the device; ranks that ask for different things find that out here.
         parallel: the degrees; None for a process on its own, whatever started it.
+        model: what is to be split, in words.
 
     Raises:
-        ConfigError: for a device that this machine has not, for degrees that are not the ranks that were started, and
-            for what does not go with degrees.
+        ConfigError: for degrees that are not the ranks that were started, before they meet; for a device that a rank's
+            machine has not, and where ranks ask for different things, on all of them.
 
-    Cost: with several ranks it waits for all of them.
+    Cost: with several ranks it waits for all of them, and exchanges a few bytes.
     """
-    check_sharing(config, parallel)
-    device = choose_device(config)
     environment = read_environment() if parallel else None
     if parallel is not None:
         parallel = _for_running(parallel, environment)
     if parallel is None or (environment is None and parallel.world_size == 1):
-        return device, alone()
-    if device.type not in ("cpu", "cuda"):
-        raise ConfigError(
-            f"{parallel.equation()}: ranks exchange on cuda and cpu, and this is {device}. Use device=cpu."
-        )
-    if environment is not None:
-        require_ranks(parallel, environment.world_size)
-        start(environment, device)
-    if device.type == "cuda":
-        own = torch.device("cuda", torch.cuda.current_device())
-        if config.device not in ("auto", "cuda", str(own)):
-            raise ConfigError(
-                f"device={config.device!r} for a rank of {parallel.world_size} that runs on {own}: each needs a device "
-                "of its own. Give cuda."
-            )
-        device = own
+        return choose_device(config), alone()
+    require_ranks(parallel, environment.world_size if environment else num_running())
+    device = _met(config, environment)
     with _watched(tuple(range(parallel.world_size))):
+        world = world_group()
+        device = agreed(world, partial(_own_device, config, parallel, device))
+        wish = replace(config, device=device.type)  # whose number is each rank's own
+        _require_equal(world, f"{parallel} {wish} {model}", parallel)
         return device, build_mesh(parallel, device.type)
+
+
+def _met(config: OffloadConfig, environment: RankEnvironment | None) -> torch.device | ConfigError:
+    """Meet the others, and then have a device; or why this rank can have none, for it to say once all can hear it."""
+    found: torch.device | ConfigError
+    try:
+        found = choose_device(config)
+    except ConfigError as error:
+        found = error
+    if environment is not None:
+        start(environment, found if isinstance(found, torch.device) else torch.device("cpu"))
+    return found
+
+
+def _own_device(config: OffloadConfig, parallel: ParallelConfig, found: torch.device | ConfigError) -> torch.device:
+    """The device of this rank, once it has met the others.
+
+    Raises:
+        ConfigError: for one that it cannot exchange from, or that is not its own.
+    """
+    if isinstance(found, ConfigError):
+        raise found
+    if found.type not in ("cpu", "cuda"):
+        raise ConfigError(
+            f"{parallel.equation()}: ranks exchange on cuda and cpu, and this is {found}. Use device=cpu."
+        )
+    if found.type == "cpu":
+        return found
+    own = torch.device("cuda", torch.cuda.current_device())
+    if config.device not in ("auto", "cuda", str(own)):
+        raise ConfigError(
+            f"device={config.device!r} for a rank of {parallel.world_size} that runs on {own}: each needs a device of "
+            "its own. Give cuda."
+        )
+    return own
+
+
+def _require_equal(world: Group, wish: str, parallel: ParallelConfig) -> None:
+    """Refuse ranks that were not asked for the same."""
+    strange = _strangers(world, world.ranks, wish)
+    if strange:
+        raise ConfigError(
+            f"rank {strange[0]} was asked for something else than rank 0 (this is rank {world.rank}: "
+            f"{parallel.equation()}): another split, device, offload or model. Give every rank the same."
+        )
+
+
+def _strangers(world: Group, ranks: tuple[int, ...], words: str) -> list[int]:
+    """Those of some ranks whose words are not those of the first; all ranks of the world call it.
+
+    Cost: one small exchange.
+    """
+    digest = torch.frombuffer(bytearray(hashlib.blake2b(words.encode(), digest_size=8).digest()), dtype=torch.int64)
+    digests = [int(item) for item in world.all_gather(digest)]
+    return [rank for rank in ranks if digests[rank] != digests[ranks[0]]]
 
 
 def _for_running(parallel: ParallelConfig, environment: RankEnvironment | None) -> ParallelConfig:
@@ -128,9 +174,7 @@ def require_alike(mesh: Mesh, layouts: str) -> None:
     shard, world = mesh["shard"], mesh["world"]
     if mesh.config.shard_size == 1:
         return
-    digest = torch.frombuffer(bytearray(hashlib.blake2b(layouts.encode(), digest_size=8).digest()), dtype=torch.int64)
-    digests = [int(item) for item in world.all_gather(digest)]
-    strange = [rank for rank in shard.ranks if digests[rank] != digests[shard.ranks[0]]]
+    strange = _strangers(world, shard.ranks, layouts)
 
     def refuse() -> None:
         if strange:
@@ -161,10 +205,10 @@ def agreed(world: Group, step: Callable[[], T]) -> T:
         step: what may fail on some of them.
 
     Raises:
-        PenstockError: what the step raised here; or a ConfigError that names the rank where it failed.
+        PenstockError: what the step raised here; or a ConfigError with what it raised on another rank.
         torch.OutOfMemoryError: where it was raised here.
 
-    Cost: one small exchange.
+    Cost: one small exchange; another where it failed.
     """
     if world.size == 1:
         return step()
@@ -175,12 +219,19 @@ def agreed(world: Group, step: Callable[[], T]) -> T:
     except (PenstockError, torch.OutOfMemoryError) as error:
         failure = error
     flags = world.all_gather(torch.tensor([failure is not None]))
-    if failure is not None:
-        raise failure
     failed = [rank for rank, flag in enumerate(flags) if flag]
     if failed:
-        raise ConfigError(
-            f"rank {failed[0]} of {world.size} could not place its part, and the others cannot go on without it: see "
-            "what it said. Give all ranks the same memory, or less to hold (--offload layerwise)."
-        )
+        words = _heard(world, failed[0], str(failure or ""))
+        if failure is not None:
+            raise failure
+        raise ConfigError(f"rank {failed[0]} of {world.size} cannot go on, and the others not without it: {words}")
     return result[0]
+
+
+def _heard(world: Group, speaker: int, own: str) -> str:
+    """What one rank says to all; cut where it is long."""
+    told = torch.zeros(_HEARD_BYTES, dtype=torch.uint8)
+    if world.rank == speaker:
+        words = own.encode()[:_HEARD_BYTES]
+        told[: len(words)] = torch.tensor(list(words), dtype=torch.uint8)
+    return bytes(world.broadcast(told, speaker).tolist()).rstrip(b"\0").decode(errors="ignore")

@@ -22,7 +22,7 @@ from penstock.distributed.stages import apply_stages, check_stages
 from penstock.distributed.tensor import apply_tensor, check_tensor
 from penstock.distributed.tiles import apply_tiles, check_tiles
 from penstock.distributed.whole import refuse_while_split
-from penstock.engine.together import apply_together
+from penstock.engine.together import apply_agreement, apply_together
 from penstock.errors import ConfigError
 from penstock.models.components import discover
 from penstock.models.rows.table import row_of
@@ -127,6 +127,8 @@ def split_work(pipeline: Any, mesh: Mesh) -> Undo:
         for denoiser in _modules(pipeline, "denoiser"):
             undo.add(apply_sequences(denoiser, mesh).run)
             undo.add(apply_guidance(denoiser, mesh["cfg"], lockstep=_shares_weights(mesh)).run)
+            if any(mesh[axis].size > 1 for axis in ("sequence", "tensor", "pipeline", "shard")):
+                undo.add(apply_agreement(denoiser, mesh).run)
         if mesh["vae"].size > 1:
             for vae in _tiled_vaes(pipeline, mesh["vae"].size):
                 undo.add(apply_tiles(vae, mesh["vae"]).run)

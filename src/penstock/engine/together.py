@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from penstock.distributed import parallel_state
@@ -74,6 +75,36 @@ def apply_together(pipeline: Any, mesh: Mesh) -> Undo:
     names = {name: getattr(stock, name) for name in ("__module__", "__qualname__", "__doc__")}
     undo.add(lambda: setattr(pipeline, "__class__", stock))
     pipeline.__class__ = type(stock.__name__, (stock,), {**names, "__call__": call})
+    return undo
+
+
+def apply_agreement(denoiser: nn.Module, mesh: Mesh) -> Undo:
+    """Have ranks agree on each call of a denoiser that no call of its pipeline surrounds.
+
+    Another pipeline with the same denoiser (`from_pipe`), or a program that calls it, exchanges with the other ranks as
+    well: with different arguments there, it would make a picture of nobody's.
+
+    Args:
+        denoiser: whose forward takes other ranks.
+        mesh: whose `replica` axis holds them.
+
+    Returns:
+        What takes the check away.
+
+    Raises:
+        RequestError: (from the call, on every rank) where ranks call it with different arguments.
+
+    Cost: nothing within the pipeline's call; else one small exchange, and the arguments are read once.
+    """
+    undo = Undo()
+    group = mesh["replica"]
+
+    def agree(_: nn.Module, args: Any, kwargs: Any) -> None:
+        if not parallel_state.is_in_call(mesh):
+            with current_watch(group.ranks) or nullcontext():
+                _require_equal(group, args, kwargs)
+
+    undo.add(denoiser.register_forward_pre_hook(agree, prepend=True, with_kwargs=True).remove)
     return undo
 
 
