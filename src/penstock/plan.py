@@ -84,7 +84,7 @@ class Plan:
         weight_bytes: of all weights, as they are on the device.
         arena_bytes: of the one allocation in which units take their places.
         fixed_bytes: of small buffers beside it.
-        shard_bytes: of this rank's parts of blocks, beside it; 0 where parts are not on the device.
+        shard_bytes: of this rank's parts of units, at most, beside it; 0 where parts are not on the device.
         num_sharers: ranks that hold the weights together.
         budget_bytes: what was asked for, or None.
         least_bytes: the smallest budget that this mode and prefetch work with.

@@ -178,3 +178,24 @@ def share_the_mesh_in_use() -> None:
 
 def test_removing_one_pipeline_leaves_the_mesh_of_another() -> None:
     run_ranks(2, share_the_mesh_in_use)
+
+
+def refused(degrees: dict[str, Any]) -> float:
+    """On every rank: how far a pipeline whose weights only memory has is from itself, after it could not be placed."""
+    pipeline = zoo.build("flux")
+    plain = list(zoo.tensors(zoo.run(pipeline, "flux")))
+    parallel = ParallelConfig(**degrees)
+    with pytest.raises(ConfigError, match="below the least that works"):
+        penstock.apply(pipeline, device="cpu", offload="layerwise", max_weight_memory="1KiB", parallel=parallel)
+    with penstock.apply(pipeline, device="cpu", offload="none", parallel=parallel):
+        pass
+    return difference(list(zoo.tensors(zoo.run(pipeline, "flux"))), plain)
+
+
+@pytest.mark.parametrize(
+    "degrees",
+    [{"pipeline_parallel_size": 2}, {"tensor_parallel_size": 2}, {"use_hsdp": True, "hsdp_shard_size": 2}],
+    ids=str,
+)
+def test_what_is_refused_or_removed_leaves_the_pipeline_as_it_was(degrees: dict[str, Any]) -> None:
+    assert run_ranks(2, refused, degrees, timeout_s=60) == [0.0, 0.0]

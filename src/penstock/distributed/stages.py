@@ -18,6 +18,7 @@ from functools import cache, partial
 from itertools import accumulate
 from typing import Any, NoReturn
 
+import torch
 from torch import Tensor, nn
 
 from penstock.distributed.group import Group
@@ -88,11 +89,12 @@ def apply_stages(
         denoiser: changed in place.
         row: of its class.
         group: the ranks that hold the stages, in order.
-        keep: whether another rank's block is held on to, out of the way, so that the undoing can put it back: right for
-            blocks that lie in a mapped file and cost no memory. Left out, none is.
+        keep: whether another rank's block is held on to as it is: right for blocks that lie in a mapped file and cost
+            no memory; gives the same answer on all ranks. Left out, none is: the weights of all others are let go.
 
     Returns:
-        What puts the denoiser back. A block that was let go is a shell afterwards, whose forward says so.
+        What puts the denoiser back; all ranks run it together, and weights that were let go come from the rank that
+        has them.
 
     Raises:
         ConfigError: where the blocks cannot be dealt out.
@@ -104,19 +106,60 @@ def apply_stages(
         return Undo()
     runs = _deal(denoiser, row, group.size)
     relay = Relay(group)
+    away: list[_Away] = []
     with Undo() as undo, Undo() as failing:
         for stage, run in enumerate(runs):
             for block in run:
                 gate = Gate(relay, stage, block.stack, block.module, is_last=block is runs[-1][-1])
+                if keep is None or not keep(block.module):
+                    away.append(_Away(block.module, stage))
                 if stage == group.rank:
                     _guide(block.module, gate, undo)
                     continue
                 blocks = denoiser.get_submodule(block.stack.path)
                 failing.add(partial(setattr, blocks, str(block.index), block.module))
-                _vacate(blocks, block, gate, keep is not None and keep(block.module), undo)
+                _vacate(blocks, block, gate, undo)
         refuse_while_split(denoiser, f"in {group.size} stages", undo)
         _watch(denoiser, relay, undo)
+    undo.add(partial(_bring_back, away, group))
+    for one in away:
+        one.let_go(group)
     return undo
+
+
+class _Away:
+    """A block whose weights one rank holds and the others let go.
+
+    Args:
+        block: with its weights, on every rank.
+        stage: the rank that keeps them.
+    """
+
+    def __init__(self, block: nn.Module, stage: int) -> None:
+        self._tensors = [*block.parameters(), *block.buffers()]
+        self._forms = [(tensor.shape, tensor.dtype) for tensor in self._tensors]
+        self._stage = stage
+
+    def let_go(self, group: Group) -> None:
+        """Free the weights of another rank's block; each stays the object that it was."""
+        if group.rank != self._stage:
+            for tensor in self._tensors:
+                tensor.data = tensor.data.new_empty(0)
+
+    def bring_back(self, group: Group) -> None:
+        """Send the weights, or receive them."""
+        for tensor, (shape, dtype) in zip(self._tensors, self._forms, strict=True):
+            is_own = group.rank == self._stage
+            memory = tensor.detach().to("cpu", dtype).contiguous() if is_own else torch.empty(shape, dtype=dtype)
+            group.broadcast(memory, self._stage)
+            if not is_own:
+                tensor.data = memory
+
+
+def _bring_back(away: list[_Away], group: Group) -> None:
+    while away:
+        away[0].bring_back(group)
+        away.pop(0)
 
 
 def _deal(denoiser: nn.Module, row: Row | None, size: int) -> list[list[_Dealt]]:
@@ -212,11 +255,10 @@ def _guide(block: nn.Module, gate: Gate, undo: Undo) -> None:
     vars(block)["forward"] = forward
 
 
-def _vacate(blocks: nn.Module, block: _Dealt, gate: Gate, is_kept: bool, undo: Undo) -> None:
+def _vacate(blocks: nn.Module, block: _Dealt, gate: Gate, undo: Undo) -> None:
     """Put a shell in the place of another rank's block."""
     shell: Any = _shell(block.module)
     key = list(blocks._modules)[block.index]
-    kept = block.module if is_kept else None
     path = block.path
 
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -224,10 +266,8 @@ def _vacate(blocks: nn.Module, block: _Dealt, gate: Gate, is_kept: bool, undo: U
         return gate.leave(gate.placeholder(args, kwargs))
 
     def restore() -> None:
-        if kept is None:
-            vars(shell)["forward"] = partial(_refuse, path, "its forward cannot run")
-        elif blocks._modules[key] is shell:
-            blocks._modules[key] = kept
+        if blocks._modules[key] is shell:
+            blocks._modules[key] = block.module
 
     undo.add(restore)
     vars(shell)["forward"] = forward

@@ -43,6 +43,8 @@ def word_of(value: Any) -> Hashable:
 
 def _bytes_of(tensor: torch.Tensor) -> Any:
     flat = tensor.detach().cpu().contiguous().view(-1)
+    if len(flat) and flat.stride(0) != 1:  # one element, spread
+        flat = flat.as_strided(flat.shape, (1,))
     return flat.view(torch.uint8).numpy().data if len(flat) else b""
 
 

@@ -138,7 +138,6 @@ def solve(demands: Demands, budget_bytes: int | None, prefetch: int) -> Plan:
     for number, fit in enumerate(fits):
         others = [span for other, span in enumerate(ranges) if other != number]
         units.extend(_unit_plans(fit, begins[number], others))
-    moving = sum(unit.num_bytes for unit in units if unit.residency != "resident")
     return Plan(
         offload=demands.offload,
         device=demands.device,
@@ -151,7 +150,7 @@ def solve(demands: Demands, budget_bytes: int | None, prefetch: int) -> Plan:
         components=tuple(_component_plan(fit) for fit in fits),
         units=tuple(units),
         reason=demands.reason,
-        shard_bytes=moving // demands.num_sharers if demands.offload == "sharded" else 0,
+        shard_bytes=demands.shard_bytes,
         num_sharers=demands.num_sharers,
     )
 
