@@ -182,14 +182,14 @@ def test_removing_one_pipeline_leaves_the_mesh_of_another() -> None:
 
 def refused(degrees: dict[str, Any]) -> float:
     """On every rank: how far a pipeline whose weights only memory has is from itself, after it could not be placed."""
-    pipeline = zoo.build("wan21")
-    plain = list(zoo.tensors(zoo.run(pipeline, "wan21")))
+    pipeline = zoo.build("qwen_image")
+    plain = list(zoo.tensors(zoo.run(pipeline, "qwen_image")))
     parallel = ParallelConfig(**degrees)
     with pytest.raises(ConfigError, match="below the least that works"):
         penstock.apply(pipeline, device="cpu", offload="layerwise", max_weight_memory="1KiB", parallel=parallel)
     with penstock.apply(pipeline, device="cpu", offload="none", parallel=parallel):
         pass
-    return difference(list(zoo.tensors(zoo.run(pipeline, "wan21"))), plain)
+    return difference(list(zoo.tensors(zoo.run(pipeline, "qwen_image"))), plain)
 
 
 @pytest.mark.parametrize(
