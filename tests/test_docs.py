@@ -41,7 +41,7 @@ def test_command(page: str, line: str, tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir(tmp_path)
     name, *arguments = shlex.split(line, comments=True)
     assert name == "penstock"
-    if any(argument.endswith(("-degree", "-parallel-size")) for argument in arguments):  # starts processes of its own
+    if any(argument.endswith(("-degree", "-parallel-size", "-hsdp")) for argument in arguments):  # starts processes
         subprocess.run([sys.executable, "-m", "penstock", *arguments], check=True, timeout=300)
         return
     result = CliRunner().invoke(app, arguments)
