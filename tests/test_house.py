@@ -19,7 +19,7 @@ OTHER_SOURCES = [
     *sorted((ROOT / "tests").rglob("*.py")),
 ]
 
-NOUNS = {"plan", "report", "bytesize", "config", "errors", "machine", "profile", "request", "timeline", "undo"}
+NOUNS = {"plan", "report", "bytesize", "config", "errors", "machine", "profile", "request", "timeline", "undo", "waits"}
 MAY_IMPORT = {
     **{noun: NOUNS for noun in NOUNS},
     "weights": NOUNS,

@@ -6,6 +6,7 @@ import pytest
 import typer
 
 from penstock.cli.failures import reported
+from penstock.cli.interrupts import Dismissal
 from penstock.errors import RequestError, WeightsError
 
 
@@ -25,6 +26,13 @@ def test_failures_are_one_line(error: BaseException, code: int, line: str, capsy
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.startswith(line) and captured.err.count("\n") == 1
+
+
+def test_rank_that_is_dismissed_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(typer.Exit) as stopped, reported(debug=False):
+        raise Dismissal
+    assert stopped.value.exit_code == 130
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(("error", "code"), [(RequestError("x"), 2), (ZeroDivisionError("x"), 1)])

@@ -81,6 +81,30 @@ def test_ranks_that_cannot_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
         take_place(ParallelConfig(ulysses_degree=2))
 
 
+def test_more_ranks_than_a_machine_can_have_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    started = []
+    monkeypatch.setattr("penstock.engine.launch.launch", lambda command, num_ranks: started.append(num_ranks))
+    monkeypatch.setattr("penstock.engine.launch.most_ranks", lambda: 64)
+    with pytest.raises(ConfigError, match=r"ulysses\(65\) = 65 ranks, and this machine starts at most 64: .*Ask"):
+        take_place(ParallelConfig(ulysses_degree=65))
+    assert not started
+    with pytest.raises(typer.Exit):
+        take_place(ParallelConfig(ulysses_degree=64))
+    assert started == [64]
+
+
+def test_values_are_gathered_by_the_watch_which_has_no_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No exchange, which has one: with replicas that end at very different times it would lose what is done."""
+
+    class Watch:
+        def gather(self, value: object) -> list[object]:
+            return [value, "other"]
+
+    monkeypatch.setattr("penstock.distributed.watch.current_watch", Watch)
+    assert Place(num_ranks=2, num_replicas=2).gather("own") == ["own", "other"]
+    assert Place().gather("own") == ["own"]
+
+
 def test_replicas_without_work_are_refused() -> None:
     check_replicas(ParallelConfig(data_parallel_size=2), 2)
     with pytest.raises(ConfigError, match="--num-images 3 or --data-parallel-size 2"):

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import threading
+import time
+
 import pytest
 import torch
+import torch.distributed as dist
 
 from penstock.config import ParallelConfig
 from penstock.distributed.group import Group
 from penstock.distributed.mesh import build_mesh
+from penstock.waits import current_wait
 from tests.ranks import run_ranks
 
 DTYPES = [torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn]
@@ -68,11 +73,54 @@ def reduce_and_send() -> None:
         group.receive(buffer, source=0).wait()
         assert buffer.tolist() == [1.0, 2.0]
         assert group.traffic.received_bytes["receive"] == 8
-    group.barrier()
 
 
 def test_reduce_and_send() -> None:
     run_ranks(4, reduce_and_send)
+
+
+OPERATIONS = {
+    "all_gather": lambda group: group.all_gather(torch.ones(2)),
+    "all_gather_into": lambda group: group.all_gather_into(torch.empty(4), torch.ones(2)),
+    "all_gather_into later": lambda group: group.all_gather_into(torch.empty(4), torch.ones(2), True).wait(),
+    "all_to_all": lambda group: group.all_to_all(torch.ones(2, 1)),
+    "all_reduce": lambda group: group.all_reduce(torch.ones(2)),
+    "broadcast": lambda group: group.broadcast(torch.ones(2), 1),
+    "shift": lambda group: [work.wait() for work in group.shift(torch.ones(2))[1]],
+    "receive": lambda group: group.receive(torch.ones(2), 1).wait(),
+}
+
+
+def seen_waits() -> dict[str, tuple[int, ...] | None]:
+    """What another thread sees of rank 0 while rank 1 is late for each operation."""
+    group = build_mesh(ParallelConfig(ulysses_degree=2), "cpu")["ulysses"]
+    store = dist.distributed_c10d._get_default_store()
+    caller, seen = threading.get_ident(), {}
+
+    def watch(name: str) -> None:
+        deadline_s = time.monotonic() + 20
+        while current_wait(caller) is None and time.monotonic() < deadline_s:
+            time.sleep(0.001)
+        wait = current_wait(caller)
+        seen[name] = wait.ranks if wait is not None else None
+        store.set(f"seen/{name}", "")
+
+    for name, operation in OPERATIONS.items():
+        if group.rank == 0:
+            thread = threading.Thread(target=watch, args=(name,))
+            thread.start()
+            operation(group)
+            thread.join()
+            assert current_wait(caller) is None
+        else:
+            store.wait([f"seen/{name}"])
+            group.send(torch.ones(2), 0).wait() if name == "receive" else operation(group)
+    return seen
+
+
+def test_exchanges_are_noted_while_they_wait() -> None:
+    seen, _ = run_ranks(2, seen_waits)
+    assert seen == dict.fromkeys(OPERATIONS, (0, 1))
 
 
 def test_a_group_of_one_exchanges_nothing() -> None:
@@ -82,5 +130,4 @@ def test_a_group_of_one_exchanges_nothing() -> None:
     assert group.all_to_all(tensor) is tensor
     assert group.all_reduce(tensor) is tensor
     assert group.broadcast(tensor, 0) is tensor
-    group.barrier()
     assert not group.traffic.num_calls

@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import atexit
-import os
 import signal
-import socket
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -16,64 +11,7 @@ import torch.distributed as dist
 
 from penstock.distributed.watch import Watch
 from penstock.errors import GenerationError
-
-PREAMBLE = """
-import os, signal, sys, time
-from datetime import timedelta
-from pathlib import Path
-import torch
-import torch.distributed as dist
-from penstock.distributed.watch import Watch, current_watch
-from penstock.errors import GenerationError
-torch.set_num_threads(1)
-rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-store = dist.distributed_c10d._get_default_store()
-dist.barrier()
-if rank == 0:
-    Path("met").touch()
-def exchange():
-    tensor = torch.ones(1)
-    dist.all_reduce(tensor)
-    return int(tensor)
-def say(*words):
-    print(*words, flush=True)
-"""
-QUICK = "watch = Watch(store, rank, world_size, poll_s=0.1, grace_s=0.5)\n"
-
-
-class Ended:
-    """How a rank ended: its exit code, what it wrote, and how many seconds after all had met."""
-
-    def __init__(self, process: subprocess.Popen[str], met: Path) -> None:
-        self.out, self.err = process.communicate(timeout=240)  # torch alone takes a minute where much runs
-        assert met.exists(), self.err
-        self.code, self.elapsed_s = process.returncode, time.time() - met.stat().st_mtime
-
-
-def run(script: str, tmp_path: Path, num_ranks: int = 2) -> list[Ended]:
-    (tmp_path / "rank.py").write_text(PREAMBLE + script)
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    shared = {**os.environ, "WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "rank.py"],
-            env={**shared, "RANK": str(rank), "TORCH_CPP_LOG_LEVEL": "ERROR"},
-            cwd=tmp_path,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(num_ranks)
-    ]
-    try:
-        return [Ended(process, tmp_path / "met") for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.communicate()
+from tests.distributed.processes import QUICK, run
 
 
 def test_rank_that_waits_for_one_that_caught_its_error_ends(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from penstock.engine.launch import launch
+from penstock.engine.launch import launch, most_ranks
 
 PREAMBLE = """
 import os, signal, sys, time
@@ -203,6 +203,52 @@ def test_stubborn_ranks_are_killed_after_one_interrupt() -> None:
         os.killpg(process.pid, signal.SIGINT)
         process.communicate(timeout=10)
     assert process.returncode == 130 and not alive()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_asked_to_end_while_ranks_are_started(number: signal.Signals, code: int) -> None:
+    """Far more ranks than start within the time; each of them would stay."""
+    with start(HANG, num_ranks=100_000, grace_s=0.2) as process:
+        await_ranks(process)
+        os.killpg(process.pid, number)
+        _, err = process.communicate(timeout=30)
+    assert process.returncode == code and err == ""
+    assert not alive() and len(pids()) < 10_000
+
+
+def test_asked_to_end_before_any_rank_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    def before_any(num_ranks: int, port: int) -> dict[str, str]:
+        signal.raise_signal(signal.SIGTERM)
+        return {}
+
+    def none(*arguments: object, **options: object) -> None:
+        raise AssertionError("started")
+
+    monkeypatch.setattr("penstock.engine.launch._variables", before_any)
+    monkeypatch.setattr(subprocess, "Popen", none)
+    assert launch([sys.executable, "rank.py"], 2) == 143
+
+
+def test_ranks_that_outlive_a_failed_one_are_told_that_nobody_interrupted_them() -> None:
+    code, out, _ = run("""
+def leave(number, frame):
+    print(signal.Signals(number).name, flush=True)
+    sys.exit(1)
+for number in (signal.SIGTERM, signal.SIGUSR1):
+    signal.signal(number, leave)
+all_started()
+if rank == 1:
+    sys.exit(3)
+time.sleep(100)
+""")
+    assert code == 3 and out == "SIGUSR1\n"
+
+
+def test_most_ranks_grow_with_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(2)), raising=False)
+    assert most_ranks() == 64
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(48)), raising=False)
+    assert most_ranks() == 192
 
 
 def test_partial_start_is_reaped(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from penstock.errors import GenerationError, WeightsError
 from penstock.offload.gather import GatherTransfer
 from penstock.timeline import Timeline
+from penstock.waits import current_wait
 from penstock.weights.host import HostStore
 from penstock.weights.memory import Arena
 from penstock.weights.ranges import PAGE_BYTES
@@ -156,3 +158,32 @@ def test_whole_units_are_read_as_ever() -> None:
     transfer.drain()  # nothing was shared
     transfer.restart()
     transfer.close()
+
+
+class Noticed:
+    """Work that tells when it is waited for."""
+
+    def __init__(self, work: Any, tell: Callable[[], None]) -> None:
+        self.work, self.tell = work, tell
+
+    def result(self) -> Any:
+        self.tell()
+        return self.work.result()
+
+
+def test_who_waits_for_a_gathering_is_seen_to_wait() -> None:
+    """By whoever watches over ranks, though it is another thread that exchanges."""
+
+    def run(rank: int, transfer: GatherTransfer, arena: Arena, sharers: Any) -> list[bool]:
+        seen: list[bool] = []
+
+        def look() -> None:
+            seen.append(current_wait(threading.get_ident()) is not None)
+
+        ticket = transfer.submit("unit", ShardSource(Scripted([part_of(3, rank)]), sharers, SIZE), 0)
+        look()
+        transfer.wait(replace(ticket, work=Noticed(ticket.work, look)))
+        look()
+        return seen
+
+    assert together(2, run) == [[False, True, False]] * 2

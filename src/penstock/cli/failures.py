@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 import typer
 
-from penstock.cli.interrupts import INTERRUPTED
+from penstock.cli.interrupts import INTERRUPTED, Dismissal
 from penstock.distributed.environment import read_environment
 from penstock.distributed.launcher import tell
 from penstock.errors import ConfigError, PenstockError, UsageError
@@ -25,8 +25,9 @@ def reported(debug: bool) -> Iterator[None]:
         _silence_libraries()
     try:
         yield
-    except KeyboardInterrupt:
-        say("interrupted; no unfinished file is left behind.")
+    except KeyboardInterrupt as interrupt:
+        if not isinstance(interrupt, Dismissal):
+            say("interrupted; no unfinished file is left behind.")
         raise typer.Exit(INTERRUPTED) from None
     except (typer.Exit, BrokenPipeError):
         raise

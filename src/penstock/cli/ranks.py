@@ -51,14 +51,15 @@ class Place:
         return range(self.replica, count, self.num_replicas)
 
     def gather(self, value: Any) -> list[Any]:
-        """Each rank's value, in their order; all ranks must call this."""
-        if self.num_ranks == 1:
-            return [value]
-        import torch.distributed as dist
+        """Each rank's value, in their order, however long the slowest takes; all ranks must call this, while joined.
 
-        values = [None] * self.num_ranks
-        dist.all_gather_object(values, value)
-        return values
+        Raises:
+            GenerationError: where another rank failed instead, or is gone.
+        """
+        from penstock.distributed.watch import current_watch
+
+        watch = current_watch() if self.num_ranks > 1 else None
+        return [value] if watch is None else watch.gather(value)
 
     @contextmanager
     def joined(self, config: OffloadConfig) -> Iterator[None]:
@@ -90,7 +91,8 @@ def take_place(parallel: ParallelConfig) -> Place:
     """Find this process's place; a plain shell that asks for several ranks starts them, and leaves as they do.
 
     Raises:
-        ConfigError: where a launcher's variables are incomplete, or not all ranks could be started.
+        ConfigError: where a launcher's variables are incomplete, or not all ranks could be started; for more ranks
+            than this machine can reasonably have, before any is started.
         typer.Exit: with the exit code of the ranks that were started.
     """
     environment = read_environment()
@@ -106,8 +108,13 @@ def take_place(parallel: ParallelConfig) -> Place:
         )
     if parallel.world_size == 1:
         return Place()
-    from penstock.engine.launch import launch
+    from penstock.engine.launch import launch, most_ranks
 
+    if parallel.world_size > most_ranks():
+        raise ConfigError(
+            f"{parallel.equation()} = {parallel.world_size} ranks, and this machine starts at most {most_ranks()}: 4 "
+            "per CPU, or 64. Ask for smaller degrees, or start the ranks on several machines (torchrun, srun, mpirun)."
+        )
     try:
         code = launch(_command(), parallel.world_size)
     except OSError as error:

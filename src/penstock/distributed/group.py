@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Protocol
@@ -14,6 +15,8 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from penstock.waits import noted
 
 _gather_into: Any = (
     getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -28,15 +31,17 @@ class Work(Protocol):
 
 
 class _Works(dist.Work):
-    """Several exchanges that are one; FSDP2 waits for what is torch's own."""
+    """Several exchanges of some ranks that are one; FSDP2 waits for what is torch's own."""
 
-    def __init__(self, works: Sequence[Any]) -> None:
+    def __init__(self, works: Sequence[Any], ranks: tuple[int, ...]) -> None:
         super().__init__()
         self._works = works
+        self._ranks = ranks
 
     def wait(self, timeout: timedelta = timedelta(0)) -> bool:
         """Wait for all."""
-        return all([work.wait(timeout) for work in self._works])
+        with noted(self._ranks):
+            return all([work.wait(timeout) for work in self._works])
 
 
 class Traffic:
@@ -91,7 +96,8 @@ class Group:
             return [tensor]
         tensor = tensor.contiguous()
         parts = [torch.empty_like(tensor) for _ in self.ranks]
-        dist.all_gather([_sendable(part) for part in parts], _sendable(tensor), group=self.process_group)
+        with self._noted():
+            dist.all_gather([_sendable(part) for part in parts], _sendable(tensor), group=self.process_group)
         self.traffic.add("all_gather", (self.size - 1) * tensor.nbytes)
         return parts
 
@@ -131,7 +137,7 @@ class Group:
             onto, source = (self.rank + distance) % self.size, (self.rank - distance) % self.size
             works.append(dist.isend(own, self.ranks[onto], group=self.process_group))
             works.append(dist.irecv(parts[source], self.ranks[source], group=self.process_group))
-        return _Works(works)
+        return _Works(works, self.ranks)
 
     def all_to_all(self, tensor: Tensor) -> Tensor:
         """Trade parts: `out[i]` is what rank i had in its `tensor[own rank]`.
@@ -143,7 +149,8 @@ class Group:
             return tensor
         tensor = tensor.contiguous()
         traded = torch.empty_like(tensor)
-        dist.all_to_all_single(_sendable(traded), _sendable(tensor), group=self.process_group)
+        with self._noted():
+            dist.all_to_all_single(_sendable(traded), _sendable(tensor), group=self.process_group)
         self.traffic.add("all_to_all", tensor.nbytes * (self.size - 1) // self.size)
         return traded
 
@@ -152,7 +159,8 @@ class Group:
         if self.size == 1:
             return tensor
         tensor = tensor.contiguous()
-        dist.all_reduce(tensor, group=self.process_group)
+        with self._noted():
+            dist.all_reduce(tensor, group=self.process_group)
         self.traffic.add("all_reduce", 2 * tensor.nbytes * (self.size - 1) // self.size)
         return tensor
 
@@ -160,7 +168,8 @@ class Group:
         """Overwrite `tensor` (contiguous) with that of group rank `source`."""
         if self.size == 1:
             return tensor
-        dist.broadcast(_sendable(tensor), src=self.ranks[source], group=self.process_group)
+        with self._noted():
+            dist.broadcast(_sendable(tensor), src=self.ranks[source], group=self.process_group)
         self.traffic.add("broadcast", tensor.nbytes if self.rank != source else 0)
         return tensor
 
@@ -176,26 +185,25 @@ class Group:
             ]
         )
         self.traffic.add("shift", tensor.nbytes)
-        return received, works
+        return received, [_Works(works, self.ranks)]
 
     def send(self, tensor: Tensor, onto: int) -> Work:
         """Begin to send a contiguous tensor to group rank `onto`; it must stay unchanged until the wait returns."""
         work = dist.isend(_sendable(tensor), self.ranks[onto], group=self.process_group)
         self.traffic.add("send", 0)
         assert work is not None  # only of ranks outside the group
-        return work
+        return _Works([work], self.ranks)
 
     def receive(self, tensor: Tensor, source: int) -> Work:
         """Begin to fill a contiguous tensor with the next that group rank `source` sends here."""
         work = dist.irecv(_sendable(tensor), self.ranks[source], group=self.process_group)
         self.traffic.add("receive", tensor.nbytes)
         assert work is not None
-        return work
+        return _Works([work], self.ranks)
 
-    def barrier(self) -> None:
-        """Wait for all."""
-        if self.size > 1:
-            dist.barrier(group=self.process_group)
+    def _noted(self) -> AbstractContextManager[None]:
+        """A context around what may block until the others come; compiled code has no notes."""
+        return nullcontext() if torch.compiler.is_compiling() else noted(self.ranks)
 
 
 def _sendable(tensor: Tensor) -> Tensor:

@@ -21,6 +21,9 @@ ERRORS = "PENSTOCK_ERRORS"
 LISTENER = "PENSTOCK_LISTENER"
 """Variable with the number of the socket on which rank 0 listens: a port that was only named could be taken by now."""
 
+DISMISSED = signal.SIGUSR1
+"""What the launcher sends the other ranks once one has failed: nobody interrupted them."""
+
 _PR_SET_PDEATHSIG = 1
 
 

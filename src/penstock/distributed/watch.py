@@ -1,80 +1,57 @@
 """No rank waits for ever: who raises tells the others, and whoever still waits for it then ends.
 
 A blocked collective cannot be interrupted, so a thread beside it asks the ranks' store once a second who failed, and
-ends the process after a grace in which a rank may raise by itself. Owns what ranks tell each other through the store;
-does not know what they compute.
+ends the process after a grace in which a rank may raise by itself. Owns who is to blame for a wait; does not know what
+ranks compute, or how they tell each other (`board`).
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
-import functools
-import json
 import os
-import platform
 import sys
 import threading
 import time
 import traceback
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from datetime import timedelta
-from pathlib import Path
+from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 import torch.distributed as dist
 
+from penstock.distributed.board import Board, Call, Failure, Place
 from penstock.distributed.launcher import is_launched
 from penstock.errors import GenerationError
+from penstock.waits import current_wait, failed_ranks, noted
 
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
 
 _POLL_S = 1.0
 _GRACE_S = 5.0
-_STORE_TIMEOUT = timedelta(seconds=3)
+_PATIENCE_S = 20.0
 _VISIBLE_S = 0.5
+_GATHER_POLL_S = 0.05
 _NO_STORE = "rank 0 is gone, which kept the ranks together"
 _LAST_S = 600.0  # how long rank 0 stays for others whose end it cannot see, on another machine
+_EARLY = "as after an early stop on one rank only"
 _watch: tuple[dist.ProcessGroup, Watch] | None = None
 
 
 @dataclass(frozen=True)
-class Call:
-    """What ranks do together.
+class _Blame:
+    """What another rank did, in words that a full stop may follow, and its traceback where it raised."""
 
-    Attributes:
-        ranks: that do.
-        number: which of their calls, counted from 1.
-    """
-
-    ranks: tuple[int, ...]
-    number: int
-
-
-@dataclass(frozen=True)
-class Failure:
-    """What a rank raised.
-
-    Attributes:
-        rank: that raised.
-        call: in which it did.
-        turn: how many calls it had entered by then, with whichever ranks.
-        traceback: as Python prints it.
-    """
-
-    rank: int
-    call: Call
-    turn: int
-    traceback: str
+    text: str
+    traceback: str = ""
 
     @property
     def line(self) -> str:
-        """The traceback's last line: the error itself."""
-        return self.traceback.strip().splitlines()[-1]
+        """Both in one line: of the traceback the last, the error itself."""
+        return ": ".join([self.text, *self.traceback.strip().splitlines()[-1:]]).rstrip(".")
 
 
 def current_watch(ranks: Sequence[int] | None = None) -> Watch | None:
@@ -108,35 +85,55 @@ class Watch:
     process with exit code 1 and that rank's traceback. Where every rank raises by itself, nothing ends, and the next
     call works. Entering it again inside does nothing.
 
+    A rank is left waiting by one that raised in the call, or whose process is gone before it left the call; and by one
+    that left the call as if it were done, while others count on it (an early stop on one rank). As a rank may well
+    leave early, and do other work, this is only said once nobody who is still inside can go on: each of them has waited
+    in one exchange for `patience_s` (`waits.noted`), and this rank's is with one that has left. Ranks that compute,
+    replicas with calls of their own, and those late for a call are not blamed. Exchanges on CUDA hold no thread: there
+    the process group's own timeout ends who waits for a rank that left.
+
     Args:
         store: of the process group. Rank 0 keeps it, and waits at its exit until the others need it no longer.
         rank: of this process.
         world_size: number of ranks.
         poll_s: seconds between two looks at the store.
         grace_s: seconds in which a rank may leave a call by itself, once another has failed.
+        patience_s: seconds after which an exchange is not only slow, where one of its ranks has left the call.
 
     Raises:
-        GenerationError: on leaving, where an exchange failed because another rank did, or is gone: names that rank.
+        GenerationError: on leaving, where an exchange failed because another rank did, is gone, or is in another call:
+            names that rank.
 
     Cost: two small messages to the store per call, and one per `poll_s` inside.
     """
 
     def __init__(
-        self, store: Store, rank: int, world_size: int, *, poll_s: float = _POLL_S, grace_s: float = _GRACE_S
+        self,
+        store: Store,
+        rank: int,
+        world_size: int,
+        *,
+        poll_s: float = _POLL_S,
+        grace_s: float = _GRACE_S,
+        patience_s: float = _PATIENCE_S,
     ) -> None:
         self._rank = rank
         self._ranks = tuple(range(world_size))
         self._world = [other for other in self._ranks if other != rank]
-        self._poll_s, self._grace_s = poll_s, grace_s
-        self._board = _Board(store)  # of the thread that calls; the one that looks has its own
+        self._poll_s, self._grace_s, self._patience_s = poll_s, grace_s, patience_s
+        self._board = Board(store)  # of the thread that calls; the one that looks has its own
         self._call = Call(self._ranks, 0)
         self._numbers: Counter[tuple[int, ...]] = Counter()
         self._depth = 0
+        self._caller = 0  # thread that is inside
+        self._num_gathered = 0  # in this call
+        self._waited_for: tuple[int, ...] = ()  # by this rank, for longer than its patience
+        self._blamed: _Blame | None = None  # for what this rank waits for in vain
         self._own_failures: set[Call] = set()
         self._inside = threading.Event()
         self._board.move_in(rank)
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._look, args=(_Board(store),), name="penstock-watch", daemon=True)
+        self._thread = threading.Thread(target=self._look, args=(Board(store),), name="penstock-watch", daemon=True)
         self._thread.start()
         atexit.register(self._end)
 
@@ -149,10 +146,11 @@ class Watch:
             call = Call(self._ranks, self._numbers[self._ranks] + 1)
             numbers = self._numbers + Counter([self._ranks])
             try:
-                self._board.place(self._rank, _Place(numbers, call.ranks))
+                self._board.place(self._rank, Place(numbers, call.ranks))
             except RuntimeError as error:
                 raise GenerationError(f"{_NO_STORE}. Start all ranks again.") from error
             self._call, self._numbers = call, numbers
+            self._caller, self._num_gathered = threading.get_ident(), 0
             self._inside.set()
         self._depth += 1
         return self
@@ -171,15 +169,47 @@ class Watch:
                 text = "".join(traceback.format_exception(error))
                 told = Failure(self._rank, self._call, self._numbers.total(), text)
                 num_before = self._board.publish(told)
-                reason = self._reason(told, num_before) if _is_exchange(error) else None
-            self._board.place(self._rank, _Place(self._numbers))
+                reason = self._reason(told, num_before, failed_ranks(error)) if _is_exchange(error) else None
+            self._board.place(self._rank, Place(self._numbers))
         except RuntimeError:
-            reason = _NO_STORE if error is not None and _is_exchange(error) else None
+            known = self._blamed.line if self._blamed is not None else _NO_STORE
+            reason = known if error is not None and _is_exchange(error) else None
         if reason is not None:
             raise GenerationError(f"{reason}. Start all ranks again.") from error
 
-    def _reason(self, own: Failure, num_before: int) -> str | None:
-        """Which other rank made an exchange fail; None where this rank is to blame itself."""
+    def gather(self, value: Any) -> list[Any]:
+        """The value of each rank of this call, in their order; waits for the slowest without a deadline.
+
+        For what ranks finish at very different times: no exchange, which has one. To be called inside, by all ranks.
+
+        Args:
+            value: anything that pickle takes, and small: it goes through the store.
+
+        Raises:
+            GenerationError: where another rank failed, or is gone: names it.
+
+        Cost: 20 small messages per second of waiting.
+        """
+        call, number = self._call, self._num_gathered
+        self._num_gathered += 1
+        looked_s = time.monotonic()
+        try:
+            self._board.bring(self._rank, call, number, value)
+            with noted(call.ranks):
+                while (values := self._board.brought(call, number)) is None:
+                    time.sleep(_GATHER_POLL_S)
+                    if time.monotonic() - looked_s < self._poll_s:
+                        continue
+                    looked_s = time.monotonic()
+                    blame = self._blame(self._board, call)
+                    if blame is not None and self._board.brought(call, number) is None:
+                        raise GenerationError(f"{blame.line}. Start all ranks again.")
+        except RuntimeError as error:
+            raise GenerationError(f"{_NO_STORE}. Start all ranks again.") from error
+        return values
+
+    def _reason(self, own: Failure, num_before: int, ranks: tuple[int, ...]) -> str | None:
+        """Which other rank made an exchange of some ranks fail; None where this rank is to blame itself."""
         for failure in self._board.failures()[:num_before]:
             if failure.rank == self._rank or failure.call != own.call:
                 continue
@@ -190,41 +220,83 @@ class Watch:
         while time.monotonic() < deadline_s:  # its connections end a moment before its process does
             gone = self._gone(self._board, own.call)
             if gone is not None:
-                return gone
+                return gone.text
             time.sleep(_VISIBLE_S / 10)
+        return self._elsewhere(own.call, ranks)
+
+    def _elsewhere(self, call: Call, ranks: tuple[int, ...]) -> str | None:
+        """Which of the ranks of a failed exchange is not in its call."""
+        failed = {failure.rank for failure in self._board.failures() if failure.call == call}
+        for other in ranks:
+            if other == self._rank or other in failed:
+                continue
+            place = self._board.place_of(other)
+            if place.is_past(call):
+                return _left(other)
+            if place.is_before(call):
+                what = "is still in an earlier call" if place.inside == call.ranks else "has not begun this call"
+                return f"rank {other} {what}, in which this rank waited for it, {_EARLY}"
         return None
 
-    def _look(self, board: _Board) -> None:
+    def _look(self, board: Board) -> None:
         """While inside a call, look for who keeps this rank waiting; end the process once the grace is over."""
-        blamed: tuple[Call, float, str] | None = None  # in which call, since when, and who
+        patience, grace = _Patience(self._patience_s), _Patience(self._grace_s)
         while not self._ended.wait(self._poll_s):
             call = self._call
             try:
-                text = self._blame(board, call) if self._inside.is_set() else None
+                self._tell_if_stuck(board, call, patience)
+                blame = self._blame(board, call) if self._inside.is_set() else None
             except RuntimeError:
-                text = _NO_STORE
-            if text is None or (self._call, self._inside.is_set()) != (call, True):
-                blamed = None
-            elif blamed is None or blamed[0] != call:
-                blamed = (call, time.monotonic(), text)
-            elif time.monotonic() - blamed[1] >= self._grace_s:
-                print(f"rank {self._rank} ends: {blamed[2]}", file=sys.stderr, flush=True)
-                os._exit(1)
+                blame = _Blame(_NO_STORE) if self._inside.is_set() else None
+            if blame is None or (self._call, self._inside.is_set()) != (call, True):
+                self._blamed = blame = None
+            elif self._blamed is None:
+                self._blamed = blame
+            if grace.is_over(None if blame is None else call) and self._blamed is not None:
+                self._exit(board, call, self._blamed)
 
-    def _blame(self, board: _Board, call: Call) -> str | None:
-        """Who failed, or is gone, so that this rank waits for it in vain."""
+    def _exit(self, board: Board, call: Call, blame: _Blame) -> None:
+        """End the process, and let the others know why."""
+        text = f"rank {self._rank} ends: {blame.text}"
+        with contextlib.suppress(RuntimeError):  # the store is gone
+            board.publish(Failure(self._rank, call, self._numbers.total(), f"GenerationError: {blame.line}"))
+        print("\n".join(filter(None, (text, blame.traceback))), file=sys.stderr, flush=True)
+        time.sleep(1.5 * self._poll_s if self._rank == 0 else 0)  # it keeps the store
+        os._exit(1)
+
+    def _tell_if_stuck(self, board: Board, call: Call, patience: _Patience) -> None:
+        """Note for which ranks this one has waited too long in a call; let the others know when that begins or ends."""
+        wait = current_wait(self._caller) if self._inside.is_set() else None
+        ranks = wait.ranks if wait is not None and patience.is_over((call, wait.number)) else ()
+        if bool(ranks) != bool(self._waited_for):
+            board.stick(self._rank, call if ranks else None)
+        self._waited_for = ranks
+
+    def _blame(self, board: Board, call: Call) -> _Blame | None:
+        """Who failed, is gone, or has left, so that this rank waits for it in vain."""
         for failure in board.failures():
             if failure.rank == self._rank or failure.rank not in call.ranks or failure.call in self._own_failures:
                 continue  # of a call that this rank has left as well
             if failure.call == call or board.place_of(failure.rank).is_lost(failure.turn, before=call):
-                return f"rank {failure.rank} failed, and this one waited for it.\n{failure.traceback}"
-        return self._gone(board, call)
+                return _Blame(f"rank {failure.rank} failed, and this one waited for it", failure.traceback)
+        return self._gone(board, call) or self._early(board, call)
 
-    def _gone(self, board: _Board, call: Call) -> str | None:
+    def _gone(self, board: Board, call: Call) -> _Blame | None:
         for other in call.ranks:
             if other != self._rank and board.is_gone(other) and not board.place_of(other).is_past(call):
-                return f"rank {other} is gone: its process was ended"
+                return _Blame(f"rank {other} is gone: its process was ended")
         return None
+
+    def _early(self, board: Board, call: Call) -> _Blame | None:
+        """Who left the call that this rank is stuck in; None while anybody inside may go on."""
+        if not self._waited_for:
+            return None
+        others = [other for other in call.ranks if other != self._rank]
+        left = [other for other in others if board.place_of(other).is_past(call)]
+        first = next((other for other in left if other in self._waited_for), None)
+        if first is None or not all(other in left or board.is_stuck(other, call) for other in others):
+            return None
+        return _Blame(_left(first))
 
     def _end(self) -> None:
         """Leave as the process does: a thread inside the store would crash it."""
@@ -253,111 +325,25 @@ class Watch:
         return not self._board.has_ended(other)
 
 
-@dataclass(frozen=True)
-class _Place:
-    """Where a rank is: how many calls it has entered with each group, and in whose it is now (None: in none)."""
+class _Patience:
+    """How long the same has been seen."""
 
-    numbers: Counter[tuple[int, ...]] = field(default_factory=Counter)
-    inside: tuple[int, ...] | None = None
+    def __init__(self, patience_s: float) -> None:
+        self._patience_s = patience_s
+        self._seen: Any = None
+        self._since_s = 0.0
 
-    def is_lost(self, turn: int, before: Call) -> bool:
-        """Whether it has entered no call since a turn, this one included."""
-        return self.numbers.total() == turn and self.numbers[before.ranks] < before.number
-
-    def is_past(self, call: Call) -> bool:
-        """Whether it has left a call."""
-        number = self.numbers[call.ranks]
-        return number > call.number or (number == call.number and self.inside != call.ranks)
+    def is_over(self, seen: Any) -> bool:
+        """Whether it has been seen each time, for too long."""
+        if seen != self._seen:
+            self._seen, self._since_s = seen, time.monotonic()
+        return time.monotonic() - self._since_s >= self._patience_s
 
 
-class _Board:
-    """What ranks tell each other: where they run, in which call they are, and what they raised.
-
-    One per thread: it has a connection of its own.
-    """
-
-    def __init__(self, store: Store) -> None:
-        self._kept = store  # its server ends with it
-        own = store.clone()  # type: ignore[attr-defined]
-        own.set_timeout(_STORE_TIMEOUT)
-        self._store = dist.PrefixStore("penstock/watch", own)  # type: ignore[attr-defined]
-        self._homes: dict[int, tuple[str, int]] = {}
-        self._failures: list[Failure] = []
-
-    def move_in(self, rank: int) -> None:
-        """Tell where this process runs."""
-        self._store.set(f"home/{rank}", json.dumps([_home(), os.getpid()]))
-
-    def end(self, rank: int) -> None:
-        """Tell that a rank makes no further calls."""
-        self._store.set(f"ended/{rank}", "true")
-
-    def has_ended(self, rank: int) -> bool:
-        """Whether a rank makes no further calls, or never moved in."""
-        return self._home_of(rank) is None or self._read(f"ended/{rank}") is not None or self.is_gone(rank)
-
-    def place(self, rank: int, place: _Place) -> None:
-        """Tell where a rank is."""
-        self._store.set(f"place/{rank}", json.dumps([list(place.numbers.items()), place.inside]))
-
-    def place_of(self, rank: int) -> _Place:
-        """Where a rank was when it last told."""
-        numbers, inside = self._read(f"place/{rank}") or ([], None)
-        counted = Counter({tuple(ranks): number for ranks, number in numbers})
-        return _Place(counted, None if inside is None else tuple(inside))
-
-    def publish(self, failure: Failure) -> int:
-        """Tell all ranks of a failure; returns how many were published before."""
-        ticket = self._store.add("tickets", 1)
-        self._store.set(f"failure/{ticket}", json.dumps(asdict(failure)))
-        return ticket - 1
-
-    def failures(self) -> list[Failure]:
-        """All that were published so far."""
-        for ticket in range(len(self._failures) + 1, self._store.add("tickets", 0) + 1):
-            told = self._read(f"failure/{ticket}")
-            if told is None:  # about to be
-                break
-            call = Call(tuple(told["call"]["ranks"]), told["call"]["number"])
-            self._failures.append(Failure(**{**told, "call": call}))
-        return self._failures
-
-    def is_gone(self, rank: int) -> bool:
-        """Whether a rank's process has ended; False for one on another machine, which cannot be seen from here."""
-        home = self._home_of(rank)
-        return home is not None and home[0] == _home() and not _runs(home[1])
-
-    def _home_of(self, rank: int) -> tuple[str, int] | None:
-        if rank not in self._homes:
-            told = self._read(f"home/{rank}")
-            if told is None:
-                return None
-            self._homes[rank] = (told[0], told[1])
-        return self._homes[rank]
-
-    def _read(self, key: str) -> Any:
-        return json.loads(self._store.get(key)) if self._store.check([key]) else None
+def _left(rank: int) -> str:
+    return f"rank {rank} left the call, which this rank is still in and waits for it, {_EARLY}"
 
 
 def _is_exchange(error: BaseException) -> bool:
     """Whether an error, or its cause, is what torch raises when an exchange fails: no kind of its own with gloo."""
     return any(type(item) is RuntimeError or isinstance(item, dist.DistError) for item in (error, error.__cause__))
-
-
-@functools.cache
-def _home() -> str:
-    """Where process ids mean the same: this host, and this container in it."""
-    space = Path("/proc/self/ns/pid")
-    return f"{platform.node()} {os.readlink(space) if space.is_symlink() else ''}"
-
-
-def _runs(process: int) -> bool:
-    """Whether a process exists and is not only waiting to be reaped."""
-    try:
-        os.kill(process, 0)
-        state = Path(f"/proc/{process}/stat")
-        return not state.exists() or state.read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except PermissionError:
-        return True
-    except (ProcessLookupError, FileNotFoundError):
-        return False

@@ -3,7 +3,8 @@
     shell -> this process (no torch) -> rank 0 (the user's terminal), rank 1, ... (silent; standard error kept)
 
 Owns processes and signals. A launcher passes Ctrl-C and SIGTERM on as one SIGTERM each: its ranks never see the
-terminal's own. Does not know what the ranks do; what they owe in turn is `distributed/launcher.py`.
+terminal's own. Those that outlive a rank which failed are told so by `DISMISSED` instead. Does not know what the ranks
+do; what they owe in turn is `distributed/launcher.py`.
 """
 
 from __future__ import annotations
@@ -20,11 +21,13 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import IO, Any
 
-from penstock.distributed.launcher import ERRORS, LAUNCHER, LISTENER
+from penstock.distributed.launcher import DISMISSED, ERRORS, LAUNCHER, LISTENER
 
 _POLL_S = 0.05
 _GRACE_S = 3.0
 _SHOWN_LINES = 40
+_ALWAYS_RANKS = 64
+_RANKS_PER_CPU = 4
 _WISHES = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _SHOW_CURSOR = "\x1b[?25h"
 
@@ -57,11 +60,21 @@ class _Wishes:
         self.numbers.append(number)
 
 
+def most_ranks() -> int:
+    """How many ranks this machine can be asked for: 4 per CPU that this process may use, 64 on small machines."""
+    return max(_ALWAYS_RANKS, _RANKS_PER_CPU * _num_cpus())
+
+
+def _num_cpus() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def launch(command: Sequence[str], num_ranks: int, *, grace_s: float = _GRACE_S) -> int:
     """Run a command as several ranks on this machine, until all have ended.
 
     Rank 0 has this process's terminal; the others print nowhere, but what a failing one said on standard error
-    is shown, unless rank 0 told the user the same (`launcher.tell`).
+    is shown, unless rank 0 told the user the same (`launcher.tell`). A signal during the start ends the ranks that
+    there are, and no more are started.
 
     Args:
         command: of each rank; it must call `launcher.obey` first of all.
@@ -85,11 +98,11 @@ def launch(command: Sequence[str], num_ranks: int, *, grace_s: float = _GRACE_S)
         stack.callback(_kill, ranks)
         handed = {ERRORS: errors.fileno(), LISTENER: listener.fileno()}
         shared = _variables(num_ranks, listener.getsockname()[1])
-        with _held(signal.SIGINT):  # ranks inherit that it is held back, and so never see the terminal's
-            for number in range(num_ranks):
-                ranks.append(_start(command, number, shared, handed, stack))
+        while len(ranks) < num_ranks and not wishes.numbers:
+            with _held(signal.SIGINT):  # ranks inherit that it is held back, and so never see the terminal's
+                ranks.append(_start(command, len(ranks), shared, handed, stack))
         failed = _wait(ranks, wishes, grace_s)
-        if not any(rank.process.returncode for rank in ranks):
+        if len(ranks) == num_ranks and not any(rank.process.returncode for rank in ranks):
             return 0
         if wishes.numbers or failed is None:
             return 128 + wishes.numbers[0]
@@ -100,9 +113,8 @@ def launch(command: Sequence[str], num_ranks: int, *, grace_s: float = _GRACE_S)
 
 def _variables(num_ranks: int, port: int) -> dict[str, str]:
     """The environment that all ranks share: what torchrun sets, and a fair part of the CPU for each."""
-    num_cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return {
-        "OMP_NUM_THREADS": str(max(1, num_cpus // num_ranks)),
+        "OMP_NUM_THREADS": str(max(1, _num_cpus() // num_ranks)),
         "TORCH_CPP_LOG_LEVEL": "ERROR",  # a peer that has gone is told of in words, not in stacks of addresses
         **os.environ,
         "WORLD_SIZE": str(num_ranks),
@@ -139,11 +151,11 @@ def _wait(ranks: list[_Rank], wishes: _Wishes, grace_s: float) -> _Rank | None:
             running.remove(rank)
             if rank.process.returncode and failed is None:
                 failed = rank
-                ending = ending or _Ending(asks_after_s=grace_s, kills_after_s=2 * grace_s)
+                ending = ending or _Ending(DISMISSED, asks_after_s=grace_s, kills_after_s=2 * grace_s)
         if len(wishes.numbers) > num_heard:
             is_patient = num_heard == 0 and len(wishes.numbers) == 1
             num_heard = len(wishes.numbers)
-            ending = _Ending(asks_after_s=0, kills_after_s=grace_s if is_patient else 0)
+            ending = _Ending(signal.SIGTERM, asks_after_s=0, kills_after_s=grace_s if is_patient else 0)
         if ending is not None:
             ending.go_on(running)
         time.sleep(_POLL_S if running else 0)
@@ -151,11 +163,12 @@ def _wait(ranks: list[_Rank], wishes: _Wishes, grace_s: float) -> _Rank | None:
 
 
 class _Ending:
-    """Ends ranks: first it waits, then it asks, then it kills."""
+    """Ends ranks: first it waits, then it asks by a signal, then it kills."""
 
-    def __init__(self, asks_after_s: float, kills_after_s: float) -> None:
+    def __init__(self, number: signal.Signals, asks_after_s: float, kills_after_s: float) -> None:
         begun_s = time.monotonic()
         self._asks_s, self._kills_s = begun_s + asks_after_s, begun_s + kills_after_s
+        self._number = number
         self._has_asked = False
 
     def go_on(self, running: list[_Rank]) -> None:
@@ -167,7 +180,7 @@ class _Ending:
         elif now_s >= self._asks_s and not self._has_asked:
             self._has_asked = True
             for rank in running:
-                rank.process.terminate()
+                rank.process.send_signal(self._number)
 
 
 def _kill(ranks: list[_Rank]) -> None:

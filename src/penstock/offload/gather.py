@@ -16,6 +16,7 @@ import torch
 from penstock.errors import GenerationError
 from penstock.offload.transfer import HostTransfer, Ticket, require_alone
 from penstock.timeline import Timeline
+from penstock.waits import noted
 from penstock.weights.host import StoredSource
 from penstock.weights.memory import Arena
 from penstock.weights.shards import ShardSource
@@ -76,7 +77,8 @@ class GatherTransfer:
     def wait(self, ticket: Ticket) -> None:
         """Wait for the gathering."""
         if ticket.is_shared:
-            ticket.work.result()
+            with noted():  # what the gathering thread waits for
+                ticket.work.result()
         else:
             self._own.wait(ticket)
 

@@ -1,0 +1,210 @@
+"""What ranks tell each other through their store: where they run, in which call they are, what they raised.
+
+Owns the keys and their forms. Does not know who waits for whom, or what follows from it.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import pickle
+import platform
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+
+if TYPE_CHECKING:
+    from torch.distributed.distributed_c10d import Store
+
+_STORE_TIMEOUT = timedelta(seconds=3)
+
+
+@dataclass(frozen=True)
+class Call:
+    """What ranks do together.
+
+    Attributes:
+        ranks: that do.
+        number: which of their calls, counted from 1.
+    """
+
+    ranks: tuple[int, ...]
+    number: int
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What a rank raised.
+
+    Attributes:
+        rank: that raised.
+        call: in which it did.
+        turn: how many calls it had entered by then, with whichever ranks.
+        traceback: as Python prints it.
+    """
+
+    rank: int
+    call: Call
+    turn: int
+    traceback: str
+
+    @property
+    def line(self) -> str:
+        """The traceback's last line: the error itself."""
+        return self.traceback.strip().splitlines()[-1]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a rank is.
+
+    Attributes:
+        numbers: how many calls it has entered with each group of ranks.
+        inside: in whose it is now; None in none.
+    """
+
+    numbers: Counter[tuple[int, ...]] = field(default_factory=Counter)
+    inside: tuple[int, ...] | None = None
+
+    def is_lost(self, turn: int, before: Call) -> bool:
+        """Whether it has entered no call since a turn, this one included."""
+        return self.numbers.total() == turn and self.numbers[before.ranks] < before.number
+
+    def is_before(self, call: Call) -> bool:
+        """Whether it has not entered a call yet."""
+        return self.numbers[call.ranks] < call.number
+
+    def is_past(self, call: Call) -> bool:
+        """Whether it has left a call."""
+        number = self.numbers[call.ranks]
+        return number > call.number or (number == call.number and self.inside != call.ranks)
+
+
+class Board:
+    """Where ranks write, and read what others wrote. One per thread: it has a connection of its own.
+
+    Args:
+        store: of the process group.
+
+    Raises:
+        RuntimeError: (from all methods) where the store is gone; torch has no kind of its own for it.
+
+    Cost: one or two small messages to the store for each method, `failures` one for each new one besides.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._kept = store  # its server ends with it
+        own = store.clone()  # type: ignore[attr-defined]
+        own.set_timeout(_STORE_TIMEOUT)
+        self._store = dist.PrefixStore("penstock/watch", own)  # type: ignore[attr-defined]
+        self._homes: dict[int, tuple[str, int]] = {}
+        self._failures: list[Failure] = []
+
+    def move_in(self, rank: int) -> None:
+        """Tell where this process runs."""
+        self._store.set(f"home/{rank}", json.dumps([_home(), os.getpid()]))
+
+    def end(self, rank: int) -> None:
+        """Tell that a rank makes no further calls."""
+        self._store.set(f"ended/{rank}", "true")
+
+    def has_ended(self, rank: int) -> bool:
+        """Whether a rank makes no further calls, or never moved in."""
+        return self._home_of(rank) is None or self._read(f"ended/{rank}") is not None or self.is_gone(rank)
+
+    def place(self, rank: int, place: Place) -> None:
+        """Tell where a rank is."""
+        self._store.set(f"place/{rank}", json.dumps([list(place.numbers.items()), place.inside]))
+
+    def place_of(self, rank: int) -> Place:
+        """Where a rank was when it last told."""
+        numbers, inside = self._read(f"place/{rank}") or ([], None)
+        counted = Counter({tuple(ranks): number for ranks, number in numbers})
+        return Place(counted, None if inside is None else tuple(inside))
+
+    def stick(self, rank: int, call: Call | None) -> None:
+        """Tell that a rank is stuck in a call: it waits for others, and has for long. None: it is not."""
+        self._store.set(f"stuck/{rank}", json.dumps(None if call is None else [call.ranks, call.number]))
+
+    def is_stuck(self, rank: int, call: Call) -> bool:
+        """Whether a rank is stuck in a call, as it last told."""
+        told = self._read(f"stuck/{rank}")
+        return told is not None and Call(tuple(told[0]), told[1]) == call
+
+    def bring(self, rank: int, call: Call, number: int, value: Any) -> None:
+        """Leave what all ranks of a call shall have: anything that pickle takes.
+
+        Args:
+            rank: whose it is.
+            call: in which.
+            number: which of the values of that call.
+            value: is copied.
+        """
+        self._store.set(_key(rank, call, number), pickle.dumps(value))  # type: ignore[arg-type]  # bytes will do
+
+    def brought(self, call: Call, number: int) -> list[Any] | None:
+        """What the ranks of a call have brought, in their order; None as long as one is lacking."""
+        keys = [_key(rank, call, number) for rank in call.ranks]
+        if not self._store.check(keys):
+            return None
+        return [pickle.loads(self._store.get(key)) for key in keys]  # of this program's own making
+
+    def publish(self, failure: Failure) -> int:
+        """Tell all ranks of a failure; returns how many were published before."""
+        ticket = self._store.add("tickets", 1)
+        self._store.set(f"failure/{ticket}", json.dumps(asdict(failure)))
+        return ticket - 1
+
+    def failures(self) -> list[Failure]:
+        """All that were published so far."""
+        for ticket in range(len(self._failures) + 1, self._store.add("tickets", 0) + 1):
+            told = self._read(f"failure/{ticket}")
+            if told is None:  # about to be
+                break
+            call = Call(tuple(told["call"]["ranks"]), told["call"]["number"])
+            self._failures.append(Failure(**{**told, "call": call}))
+        return self._failures
+
+    def is_gone(self, rank: int) -> bool:
+        """Whether a rank's process has ended; False for one on another machine, which cannot be seen from here."""
+        home = self._home_of(rank)
+        return home is not None and home[0] == _home() and not _runs(home[1])
+
+    def _home_of(self, rank: int) -> tuple[str, int] | None:
+        if rank not in self._homes:
+            told = self._read(f"home/{rank}")
+            if told is None:
+                return None
+            self._homes[rank] = (told[0], told[1])
+        return self._homes[rank]
+
+    def _read(self, key: str) -> Any:
+        return json.loads(self._store.get(key)) if self._store.check([key]) else None
+
+
+def _key(rank: int, call: Call, number: int) -> str:
+    return f"value/{'.'.join(map(str, call.ranks))}/{call.number}/{number}/{rank}"
+
+
+@functools.cache
+def _home() -> str:
+    """Where process ids mean the same: this host, and this container in it."""
+    space = Path("/proc/self/ns/pid")
+    return f"{platform.node()} {os.readlink(space) if space.is_symlink() else ''}"
+
+
+def _runs(process: int) -> bool:
+    """Whether a process exists and is not only waiting to be reaped."""
+    try:
+        os.kill(process, 0)
+        state = Path(f"/proc/{process}/stat")
+        return not state.exists() or state.read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except PermissionError:
+        return True
+    except (ProcessLookupError, FileNotFoundError):
+        return False
