@@ -256,6 +256,16 @@ class ParallelConfig:
         """The degrees that are on and their product, such as `ulysses(2) * cfg(2)`."""
         return " * ".join(f"{name}({size})" for name, size in self.axes().items() if size > 1) or "nothing split (1)"
 
+    def description(self) -> str:
+        """The equation, and what else ranks share, such as `ulysses(2), tiles over 2 ranks`; empty for one rank."""
+        if self.world_size == 1:
+            return ""
+        tiles, shards = self.vae_patch_parallel_size, self.shard_size
+        words = [self.equation()]
+        words.extend([f"tiles over {tiles} ranks"] if tiles > 1 else [])
+        words.extend([f"weights over {shards} ranks"] if shards > 1 else [])
+        return ", ".join(words)
+
     def axes(self) -> dict[str, int]:
         """The size of every axis of the mesh, outermost first; neighbouring ranks differ in the last."""
         return {

@@ -83,7 +83,7 @@ class Report:
         num_demanded: of these, not asked for ahead of use.
         num_prompt_hits: prompts answered without their encoders.
         zero_stall: residents needed for no wait, where there was time to measure.
-        split: how the work is split over ranks, such as `cfg(2) * ulysses(2)`; empty on one rank.
+        split: how the work is split over ranks, such as `cfg(2) * ulysses(2), tiles over 2 ranks`; empty on one rank.
         rank: of this process among them.
         traffic: what this rank exchanged with the others.
     """

@@ -238,6 +238,7 @@ def effective(prepared: Prepared) -> dict[str, Any]:
         "dtype": str(prepared.dtype).removeprefix("torch."),
         "offload": prepared.plan.offload,
         "promised_bytes": prepared.plan.promised_bytes,
+        "split": prepared.parallel.description(),
         "variant": prepared.config.variant,
         "revision": prepared.config.revision,
         "versions": {"penstock": __version__, "diffusers": diffusers.__version__, "torch": torch.__version__},

@@ -167,7 +167,7 @@ def verify(
             "reference_dtype": str(plain_dtype).removeprefix("torch."),
             "offload": prepared.plan.offload,
             "promised_bytes": prepared.plan.promised_bytes,
-            "split": prepared.parallel.equation(),
+            "split": prepared.parallel.description(),
             "seed": seed,
         },
         tolerance=_tolerance(prepared) if tolerance is None else tolerance,

@@ -163,7 +163,7 @@ class Placed:
         if self.mesh["world"].size == 1:
             return {}
         return {
-            "split": self.mesh.config.equation(),
+            "split": self.mesh.config.description(),
             "rank": self.mesh["world"].rank,
             "traffic": traffic_since(self.mesh, self._traffic_before),
         }
@@ -255,9 +255,9 @@ def place(
             f"a {type(pipeline).__name__} is no pipeline. Give a diffusers pipeline, or an object that holds modules "
             "as attributes; penstock.load takes names and folders."
         )
-    _require_unplaced(pipeline)
     device, mesh = join_ranks(config, parallel, type(pipeline).__name__)
     with watched(mesh):
+        agreed(mesh["world"], partial(_require_unplaced, pipeline))
         machine = shared_machine(device, mesh)
         split = agreed(mesh["world"], partial(_split, pipeline, mesh, dtypes))
         try:
