@@ -52,14 +52,16 @@ def products(world_size: int) -> Iterator[dict[str, int]]:
 
 
 def ways(world_size: int) -> Iterator[tuple[dict[str, int], dict[str, str], dict[str, bool]]]:
-    """Degrees, options and shards: each product resident, streamed, and sharded in one of these two ways by turns."""
-    number = 0
-    for degrees in products(world_size):
-        for options in ({"offload": "none"}, STREAMED):
-            yield degrees, options, {}
+    """Degrees, options and shards: each product resident, streamed, and sharded in one of two ways by turns.
+
+    On more than four ranks each product is tried in one of these ways, by turns.
+    """
+    for turn, degrees in enumerate(products(world_size), 1):
+        choices: list[tuple[dict[str, str], dict[str, bool]]] = [({"offload": "none"}, {}), (STREAMED, {})]
         if ParallelConfig(**degrees).num_holders > 1:
-            number += 1
-            yield degrees, ({"offload": "sharded"} if number % 2 else STREAMED), SHARDED
+            choices.append((({"offload": "sharded"} if turn % 2 else STREAMED), SHARDED))
+        for options, shards in choices if world_size <= 4 else [choices[turn % len(choices)]]:
+            yield degrees, options, shards
 
 
 class Guided:
