@@ -16,6 +16,7 @@ from torch import Tensor
 import penstock
 from penstock.config import ParallelConfig
 from penstock.engine import build
+from penstock.errors import UsageError
 from penstock.offload import released, streamer
 from penstock.offload.gather import GatherTransfer
 from tests import zoo
@@ -257,3 +258,66 @@ def test_two_calls_of_guidance_gather_a_block_once(way: str, zoo_folder: Callabl
     for far, apart, shared in run_ranks(2, try_sharing, zoo_folder("qwen_image"), way):
         assert far == 0
         assert shared < 0.75 * apart
+
+
+def try_without_guidance(name: str, way: str) -> float:
+    """On every rank: how far a pipeline without guidance, whose guidance would be split, is from the plain one."""
+    plain = made(zoo.build(name), name, guidance_scale=1.0)
+    pipeline = zoo.build(name)
+    parallel = ParallelConfig(cfg_parallel_size=2, use_hsdp=True)
+    with penstock.apply(pipeline, parallel=parallel, device="cpu", offload=way):
+        return difference(made(pipeline, name, guidance_scale=1.0), plain)
+
+
+@pytest.mark.parametrize("way", ["sharded", "layerwise", "sequential"])
+def test_without_guidance_ranks_gather_in_one_order(way: str) -> None:
+    for far in run_ranks(2, try_without_guidance, "wan21", way, timeout_s=60):
+        assert far < TOLERANCE
+
+
+def try_tied(swaps: bool) -> list[float]:
+    """On every rank: two weights tied across blocks, whose memory lies in another order on one of them."""
+    pipeline = zoo.build("flux")
+    blocks = pipeline.transformer.single_transformer_blocks
+    size = blocks[0].attn.to_q.weight.shape
+    generator = torch.Generator().manual_seed(5)
+    room = torch.empty(2, *size)
+    order = (1, 0) if swaps and torch.distributed.get_rank() == 1 else (0, 1)
+    for number, name in zip(order, ("to_q", "to_k"), strict=True):
+        room[number].copy_(torch.randn(size, generator=generator) * 0.1)
+        for block in blocks[:2]:
+            getattr(block.attn, name).weight = torch.nn.Parameter(room[number])
+    plain = made(pipeline, "flux")
+    with penstock.apply(pipeline, parallel=shards(2), device="cpu", offload="sharded"):
+        found = made(pipeline, "flux")
+    return [difference(found, plain), difference(made(pipeline, "flux"), plain)]
+
+
+@pytest.mark.parametrize("swaps", [False, True])
+def test_tied_weights_that_lie_elsewhere_on_another_rank(swaps: bool) -> None:
+    for run, removed in run_ranks(2, try_tied, swaps):
+        assert run < TOLERANCE and removed < TOLERANCE
+
+
+def try_written(way: str) -> list[str]:
+    """On every rank: what runs say after a weight was changed in place, and how the last one came out."""
+    pipeline = zoo.build("flux")
+    plain = made(pipeline, "flux")
+    said = []
+    with penstock.apply(pipeline, parallel=shards(2), device="cpu", offload=way):
+        made(pipeline, "flux")
+        for tensor in pipeline.transformer.parameters():
+            if type(tensor) is torch.nn.Parameter:
+                with torch.no_grad():
+                    tensor.mul_(2)
+        for _ in range(2):
+            try:
+                said.append("equal" if difference(made(pipeline, "flux"), plain) < TOLERANCE else "different")
+            except UsageError:
+                said.append("refused")
+    return said
+
+
+@pytest.mark.parametrize("way", ["sharded", "layerwise"])
+def test_weights_that_were_changed_in_place_come_anew(way: str) -> None:
+    assert run_ranks(2, try_written, way) == [["refused", "equal"]] * 2

@@ -8,11 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 from penstock.distributed.group import Group
+from penstock.weights.host import Common
+from penstock.weights.memory import room_for
 
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 _PROCESSES = Path("/proc/self/ns/pid")
@@ -27,6 +32,7 @@ class Neighbours:
     Attributes:
         rank: this process among the neighbours.
         size: how many they are.
+        least_size: how many there are on the machine that has fewest; the same on all ranks.
 
     Cost: one small exchange.
     """
@@ -38,35 +44,41 @@ class Neighbours:
         self._first = own[0]
         self.rank = own.index(group.rank)
         self.size = len(own)
+        self.least_size = min(Counter(machines).values())
 
-    def open(self, num_bytes: int) -> int | None:
-        """A file in memory that all neighbours map; its descriptor, which the caller closes.
+    @contextmanager
+    def opened(self, num_bytes: int) -> Iterator[Common | None]:
+        """Inside, memory that all neighbours map; all ranks of the group enter it, at the same point of the program.
 
-        Returns:
-            None where there is nobody to share with, or where some rank could not open it.
+        Args:
+            num_bytes: of it; 0 where this rank would keep nothing there, or something of its own.
 
-        Cost: two small exchanges.
+        Yields:
+            None where the ranks do not agree, or some rank could not open it: each has memory of its own then.
+
+        Cost: three small exchanges.
         """
-        if self._group.size == 1:
+        file = self._open(num_bytes)
+        try:
+            yield Common(file, self.rank, self.size) if file is not None else None
+        finally:
+            if file is not None:
+                os.close(file)
+
+    def _open(self, num_bytes: int) -> int | None:
+        wanted = {int(item) for item in self._group.all_gather(torch.tensor(num_bytes))}
+        if wanted != {num_bytes} or not num_bytes:
             return None
-        file = _made(num_bytes) if self.rank == 0 and self.size > 1 else None
+        file = _made(room_for(num_bytes)) if self.rank == 0 else None
         told = torch.tensor([os.getpid(), -1 if file is None else file])
         process, number = self._group.all_gather(told)[self._first].tolist()
         if self.rank > 0 and number >= 0:
             file = _opened(Path(f"/proc/{process}/fd/{number}"))
-        is_open = [bool(item) for item in self._group.all_gather(torch.tensor([file is not None or self.size == 1]))]
-        if all(is_open):
+        if all(bool(item) for item in self._group.all_gather(torch.tensor([file is not None]))):
             return file
         if file is not None:
             os.close(file)
         return None
-
-    def wait(self) -> None:
-        """Until all have come here; after it what each wrote is there for all.
-
-        Cost: one small exchange.
-        """
-        self._group.all_gather(torch.zeros(1))
 
 
 def _machine() -> int:

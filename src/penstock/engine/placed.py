@@ -7,6 +7,7 @@ Owns the way from a configuration to a plan, and what is placed at the moment. T
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Self
@@ -29,7 +30,7 @@ from penstock.errors import ConfigError, NotAPipelineError, PenstockError
 from penstock.machine import Machine
 from penstock.models.components import discover
 from penstock.offload.prompts import PromptCache
-from penstock.offload.streamer import Streamer
+from penstock.offload.streamer import Settings, Streamer, common_bytes, layout_of
 from penstock.offload.units import Locate
 from penstock.report import Report, UnitReport
 from penstock.timeline import Timeline
@@ -107,12 +108,6 @@ class Placed:
         self._prompts.install()
         self._split.work.add(self._sharing.install().run)
         self._split.work.add(split_work(pipeline, self.mesh).run)
-
-    def layouts(self) -> str:
-        """Where every byte of every unit is, which ranks that hold weights together must see alike."""
-        tenants = self._streamer.tenants if self._streamer else ()
-        places = [(tenant.name, tenant.plan.begin, tenant.layout.positions) for tenant in tenants]
-        return f"{self.plan.to_json()} {places}"
 
     def tell(self, note: str) -> None:
         """Have the report tell the user something more."""
@@ -261,11 +256,7 @@ def place(
         machine = shared_machine(device, mesh)
         split = agreed(mesh["world"], partial(_split, pipeline, mesh, dtypes))
         try:
-            twins = mesh["twin"]
-            neighbours = Neighbours(twins) if twins.size > 1 else None
-            made = partial(_made, pipeline, config, split, machine, (neighbours, on_read))
-            placed = agreed(mesh["world"], partial(made, reason=reason, timeline=Timeline() if trace else None))
-            require_alike(mesh, placed.layouts())
+            placed = _agreed(pipeline, config, split, machine, reason, on_read, Timeline() if trace else None)
         except (PenstockError, torch.OutOfMemoryError):
             split.weights.run()
             raise
@@ -286,25 +277,61 @@ def _split(pipeline: Any, mesh: Mesh, dtypes: Callable[[], Dtypes]) -> _Split:
     return _Split(mesh, dtypes, split_weights(pipeline, mesh))
 
 
-def _made(
+def _agreed(
     pipeline: Any,
     config: OffloadConfig,
     split: _Split,
     machine: Machine,
-    reading: tuple[Neighbours | None, Progress | None],
-    *,
     reason: str | None,
+    on_read: Progress | None,
     timeline: Timeline | None,
 ) -> Placed:
-    """Plan, and allocate what was planned; nothing is changed yet."""
-    device = torch.device(machine.device)
-    shard = split.mesh["shard"]
-    planned = plan_pipeline(pipeline, config, device, _in_memory(), split.dtypes(), machine, shard.size)
-    if reason is not None:
-        planned = replace(planned, plan=replace(planned.plan, reason=reason))
+    """Plan, see that all ranks have the same plan, and allocate what was planned; nothing is changed yet.
+
+    Where ranks exchange, no step is under way that may fail on one of them.
+    """
+    world, shard, twins = (split.mesh[axis] for axis in ("world", "shard", "twin"))
+    neighbours = Neighbours(twins) if twins.size > 1 else None
+    planned = agreed(world, partial(_planned, pipeline, config, split, machine, reason))
+    num_neighbours = neighbours.least_size if neighbours is not None else 1
+    settings = settings_of(planned, config, machine, shard, num_neighbours, on_read)
+    require_alike(split.mesh, _layouts(planned))
+    num_bytes = common_bytes(planned.partition, planned.plan, settings)
+    with neighbours.opened(num_bytes) if neighbours is not None else nullcontext() as common:
+        settings = replace(settings, common=common)
+        return agreed(world, partial(_made, pipeline, config, split, planned, settings, timeline))
+
+
+def _planned(pipeline: Any, config: OffloadConfig, split: _Split, machine: Machine, reason: str | None) -> Planned:
+    device, num_sharers = torch.device(machine.device), split.mesh["shard"].size
+    planned = plan_pipeline(pipeline, config, device, _in_memory(), split.dtypes(), machine, num_sharers)
+    return planned if reason is None else replace(planned, plan=replace(planned.plan, reason=reason))
+
+
+def _layouts(planned: Planned) -> str:
+    """Where every byte of every unit is, which ranks that hold weights together must see alike."""
+    plan, device = planned.plan, torch.device(planned.plan.device)
+    places = [
+        (
+            unit.name,
+            layout_of(unit, device, plan.num_sharers).positions,
+            [(weight.name, str(weight.dtype), weight.piece, weight.offset) for weight in unit.weights],
+        )
+        for unit in planned.partition.units
+    ]
+    return f"{plan.to_json()} {places}"
+
+
+def _made(
+    pipeline: Any,
+    config: OffloadConfig,
+    split: _Split,
+    planned: Planned,
+    settings: Settings,
+    timeline: Timeline | None,
+) -> Placed:
     streamer = None
     if planned.plan.offload != "none":
-        settings = settings_of(planned, config, machine, shard, *reading)
         streamer = Streamer(pipeline, planned.partition, planned.plan, settings, timeline)
     prompts = PromptCache(pipeline, config.prompt_cache_bytes)
     return Placed(pipeline, planned, split, streamer, prompts, tuple(notes_of_plan(planned, config)))

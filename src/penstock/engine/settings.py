@@ -12,7 +12,7 @@ from penstock.distributed.group import Group
 from penstock.engine.plans import Planned
 from penstock.machine import Machine
 from penstock.offload.streamer import Settings
-from penstock.weights.host import Neighbours, Progress
+from penstock.weights.host import Progress
 from penstock.weights.ranges import FileRange
 
 _DIRECT_SHARE = 0.5  # of free host memory: files larger than this are read past the page cache
@@ -24,7 +24,7 @@ def settings_of(
     config: OffloadConfig,
     machine: Machine,
     shard: Group,
-    neighbours: Neighbours | None = None,
+    num_neighbours: int = 1,
     on_read: Progress | None = None,
 ) -> Settings:
     """How a plan is carried out.
@@ -34,7 +34,7 @@ def settings_of(
         config: what was asked for.
         machine: the memory that there is.
         shard: the ranks that hold the weights together; one where each has all of its own.
-        neighbours: ranks of this machine that would keep the same in host memory.
+        num_neighbours: ranks of this machine (of any, at least) that would keep the same in host memory.
         on_read: told of what is read before the first run.
     """
     free, device = machine.host_free_bytes, torch.device(machine.device)
@@ -44,15 +44,13 @@ def settings_of(
         piece.range.num_bytes for unit in units for piece in unit.pieces if isinstance(piece.range, FileRange)
     )
     on_device = sum(piece.num_bytes for unit in units for piece in unit.pieces) // shard.size
-    if neighbours is not None:
-        on_device //= neighbours.size
+    on_device //= num_neighbours
     return Settings(
         is_direct=in_files > _DIRECT_SHARE * free,
         in_host_store=device.type == "cuda" and on_device <= _STORE_SHARE * free,
         is_checked=config.check,
         shares_blocks=config.share_blocks,
         sharers=shard if shard.size > 1 else None,
-        neighbours=neighbours,
         on_read=on_read,
     )
 

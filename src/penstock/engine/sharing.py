@@ -89,7 +89,7 @@ class Sharing:
 def _deferring(stock_call: Callable[..., Any], deferral: Deferral) -> Callable[..., Any]:
     @functools.wraps(stock_call)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with _schedulers_that_wait(self), deferral.run():
+        with schedulers_that_wait(self), deferral.run():
             result = stock_call(self, *args, **kwargs)
         return wait(result)
 
@@ -97,7 +97,7 @@ def _deferring(stock_call: Callable[..., Any], deferral: Deferral) -> Callable[.
 
 
 @contextmanager
-def _schedulers_that_wait(pipeline: Any) -> Iterator[None]:
+def schedulers_that_wait(pipeline: Any) -> Iterator[None]:
     """Inside, a scheduler gets predictions that are there: when a step is counted, it has been computed.
 
     The class is replaced, because pipelines copy schedulers.

@@ -22,7 +22,7 @@ from penstock.distributed.stages import apply_stages, check_stages
 from penstock.distributed.tensor import apply_tensor, check_tensor
 from penstock.distributed.tiles import apply_tiles, check_tiles
 from penstock.distributed.whole import refuse_while_split
-from penstock.engine.together import apply_agreement, apply_together
+from penstock.engine.together import apply_agreement, apply_together, shares_weights
 from penstock.errors import ConfigError
 from penstock.models.components import discover
 from penstock.models.rows.table import row_of
@@ -126,7 +126,7 @@ def split_work(pipeline: Any, mesh: Mesh) -> Undo:
         undo.add(_use(mesh))
         for denoiser in _modules(pipeline, "denoiser"):
             undo.add(apply_sequences(denoiser, mesh).run)
-            undo.add(apply_guidance(denoiser, mesh["cfg"], lockstep=_shares_weights(mesh)).run)
+            undo.add(apply_guidance(denoiser, mesh["cfg"], lockstep=shares_weights(mesh)).run)
             if any(mesh[axis].size > 1 for axis in ("sequence", "tensor", "pipeline", "shard")):
                 undo.add(apply_agreement(denoiser, mesh).run)
         if mesh["vae"].size > 1:
@@ -134,11 +134,6 @@ def split_work(pipeline: Any, mesh: Mesh) -> Undo:
                 undo.add(apply_tiles(vae, mesh["vae"]).run)
         undo.add(apply_together(pipeline, mesh).run)
     return undo
-
-
-def _shares_weights(mesh: Mesh) -> bool:
-    """Whether ranks that make different calls of guidance hold weights together."""
-    return len(set(mesh["cfg"].ranks) & set(mesh["shard"].ranks)) > 1
 
 
 def _use(mesh: Mesh) -> Callable[[], None]:

@@ -26,6 +26,7 @@ from penstock.distributed.guidance.futures import wait
 from penstock.distributed.guidance.rounds import rounds_of
 from penstock.distributed.mesh import Mesh
 from penstock.distributed.watch import current_watch
+from penstock.engine.sharing import schedulers_that_wait
 from penstock.errors import RequestError
 from penstock.models.words import word_of
 from penstock.undo import Undo
@@ -68,7 +69,8 @@ def apply_together(pipeline: Any, mesh: Mesh) -> Undo:
         with current_watch(group.ranks) or nullcontext():
             _require_equal(group, args, kwargs)
             _share_random_states(mesh, args, kwargs)
-            with parallel_state.using(mesh), rounds_of(mesh["cfg"]).run():
+            waiting = schedulers_that_wait(self) if shares_weights(mesh) else nullcontext()
+            with waiting, parallel_state.using(mesh), rounds_of(mesh["cfg"]).run():
                 result = stock.__call__(self, *args, **_seeing_callbacks(kwargs))
             return wait(result)
 
@@ -76,6 +78,15 @@ def apply_together(pipeline: Any, mesh: Mesh) -> Undo:
     undo.add(lambda: setattr(pipeline, "__class__", stock))
     pipeline.__class__ = type(stock.__name__, (stock,), {**names, "__call__": call})
     return undo
+
+
+def shares_weights(mesh: Mesh) -> bool:
+    """Whether ranks that make different calls of guidance hold weights together.
+
+    Then a round is closed at each step, before anything else is gathered: a call that a rank makes for nothing comes
+    where the others make theirs.
+    """
+    return len(set(mesh["cfg"].ranks) & set(mesh["shard"].ranks)) > 1
 
 
 def apply_agreement(denoiser: nn.Module, mesh: Mesh) -> Undo:

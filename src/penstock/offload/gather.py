@@ -1,14 +1,15 @@
 """Transfers of sharded weights on the CPU: each rank brings its part of a unit, then all gather it into its place.
 
-One thread gathers, in the order in which units are asked for, so that all ranks gather the same unit at the same time,
-whatever their disks and their compute do. Owns that order; which unit is due, all ranks decide alike elsewhere.
+One thread for each group of ranks gathers, in the order in which units are asked for, whichever pipelines these belong
+to, so that all ranks gather the same unit at the same time, whatever their disks and their compute do. Owns that order;
+which unit is due, all ranks decide alike elsewhere.
 """
 
 from __future__ import annotations
 
 import time
 import zlib
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import torch
@@ -19,10 +20,11 @@ from penstock.timeline import Timeline
 from penstock.waits import noted
 from penstock.weights.host import StoredSource
 from penstock.weights.memory import Arena
-from penstock.weights.shards import ShardSource
+from penstock.weights.shards import ShardSource, Sharers
 from penstock.weights.sources import Source
 
 _LANE = "gathering"
+_THREADS: dict[Sharers, ThreadPoolExecutor] = {}
 _STAMP_BYTES = 8
 """At a unit's begin, where no weight lies: the first rank writes there which unit it gathers."""
 
@@ -45,7 +47,7 @@ class GatherTransfer:
         with torch.inference_mode(False):
             self._memory = torch.frombuffer(arena.host.view, dtype=torch.uint8)  # torch counts its writes apart
         self._timeline = timeline
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="penstock-gather")
+        self._under_way: list[Future[None]] = []
         self._names: dict[int, str] = {}  # by what rank 0 stamps units with
         self._num_shared = 0
         self._received_bytes = 0
@@ -71,7 +73,8 @@ class GatherTransfer:
             reading = self._own.submit(name, source.own, begin + source.begin)
         number = zlib.crc32(name.encode())
         self._names[number] = name
-        gathering = self._pool.submit(self._gather, number, source, begin, reading)
+        gathering = _thread_of(source.sharers).submit(self._gather, number, source, begin, reading)
+        self._under_way = [*(future for future in self._under_way if not future.done()), gathering]
         return Ticket(name, gathering, is_shared=True)
 
     def wait(self, ticket: Ticket) -> None:
@@ -107,8 +110,8 @@ class GatherTransfer:
         self._own.restart()
 
     def close(self) -> None:
-        """End the threads; what is queued is dropped."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        """Let what was asked for come, which the other ranks count on; then end the readers."""
+        wait(self._under_way)
         self._own.close()
 
     def _gather(self, number: int, source: ShardSource, begin: int, reading: Ticket | None) -> None:
@@ -131,6 +134,13 @@ class GatherTransfer:
         self._gather_s += ended_s - begun_s
         if self._timeline is not None:
             self._timeline.add("fill", self._names[number], begun_s, ended_s, lane=_LANE, num_bytes=source.num_bytes)
+
+
+def _thread_of(sharers: Sharers) -> ThreadPoolExecutor:
+    """The thread that gathers for a group, made once."""
+    if sharers not in _THREADS:
+        _THREADS[sharers] = ThreadPoolExecutor(1, thread_name_prefix="penstock-gather")
+    return _THREADS[sharers]
 
 
 def _stored(source: ShardSource) -> torch.Tensor:

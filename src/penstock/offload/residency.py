@@ -124,6 +124,7 @@ class Residency:
         self.peak_bytes = 0
         self._held_bytes = 0
         self._is_torn = False  # whether an operation was left half way, as Ctrl-C leaves one
+        self._is_stale = False  # whether somebody has changed what is there
         self._owner = threading.get_ident()
         self._depth = 0  # components that run, one inside the other
         self._casts: dict[int, torch.Tensor] = {}
@@ -210,7 +211,7 @@ class Residency:
             GenerationError: for a demanded unit whose place a running block holds.
             WeightsError: for files that changed.
         """
-        if tenant.state is not State.COLD and not self._is_torn:
+        if tenant.state is not State.COLD and not (self._is_torn or self._is_stale):
             return True
         with self._operation():
             has_room = self._has_room(tenant, is_demanded)
@@ -224,13 +225,16 @@ class Residency:
         with self._lock:
             self._claim()
             self.require_unwritten()
-            was_torn, self._is_torn = self._is_torn, True
+            is_torn, self._is_torn = self._is_torn, True
             try:
-                if was_torn:
+                if is_torn:
                     self._reset()
+                    is_torn = False
+                elif self._is_stale:
+                    self._forget()
                 yield
             except PenstockError:  # told to the caller, with all states as they should be
-                self._is_torn = False
+                self._is_torn = is_torn  # what could not be undone is not
                 raise
             finally:
                 self._version = self.arena.tensor._version
@@ -241,9 +245,16 @@ class Residency:
         self._transfer.drain()
         for tenant in self.tenants:
             tenant.ticket = None
-            self._give_up(tenant)
+        self._forget()
+        for tenant in self.tenants:
             tenant.bind(is_live=False)
         self._held_bytes = 0
+
+    def _forget(self) -> None:
+        """Give everything up; all of it comes anew."""
+        for tenant in self.tenants:
+            self._give_up(tenant)
+        self._is_stale = False
 
     def require_unwritten(self) -> None:
         """Refuse to go on with weights that somebody changed in place; the next operation brings all of them anew.
@@ -253,7 +264,7 @@ class Residency:
         """
         if self._was_written():
             self._version = self.arena.tensor._version
-            self._is_torn = True
+            self._is_stale = True
             raise UsageError(_WRITTEN)
 
     def _was_written(self) -> bool:
@@ -302,7 +313,7 @@ class Residency:
             GenerationError: where it cannot be on the device now.
             WeightsError: for what the readers met; the unit is then as if it had not been asked for.
         """
-        if tenant.state in (State.READY, State.IN_USE) and not self._is_torn:
+        if tenant.state in (State.READY, State.IN_USE) and not (self._is_torn or self._is_stale):
             return
         with self._operation():
             if self._has_room(tenant, is_demanded=True):

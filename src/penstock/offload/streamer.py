@@ -26,7 +26,7 @@ from penstock.offload.units import Partition, Unit
 from penstock.plan import Plan
 from penstock.timeline import Timeline
 from penstock.undo import Undo
-from penstock.weights.host import HostStore, Neighbours, Progress
+from penstock.weights.host import Common, HostStore, Progress
 from penstock.weights.layout import Layout, packed, paged
 from penstock.weights.memory import Arena
 from penstock.weights.proof import Proof
@@ -52,7 +52,7 @@ class Settings:
         in_host_store: keep what streams in (pinned) host memory and read each file once.
         is_checked: hash every fill and poison what is given up.
         sharers: the ranks that hold the weights together; None where each has all of its own.
-        neighbours: who would keep the same in their host stores.
+        common: memory for what other processes of this machine keep as well.
         on_read: told of what is read before the first run.
         shares_blocks: calls of one step are to share what streams; for whoever puts them off.
     """
@@ -61,9 +61,29 @@ class Settings:
     in_host_store: bool = False
     is_checked: bool = False
     sharers: Sharers | None = None
-    neighbours: Neighbours | None = None
+    common: Common | None = None
     on_read: Progress | None = None
     shares_blocks: bool = False
+
+
+def stored_units(partition: Partition, plan: Plan, settings: Settings) -> list[Unit]:
+    """The units that are read beforehand, into memory (this rank's part of them): their originals are not needed."""
+    residency = {unit.name: unit.residency for unit in plan.units}
+    is_kept = settings.in_host_store or plan.offload == "sharded"
+    return [
+        unit
+        for unit in partition.units
+        if (settings.sharers is not None and is_in_memory(unit)) or (is_kept and residency[unit.name] != "resident")
+    ]
+
+
+def common_bytes(partition: Partition, plan: Plan, settings: Settings) -> int:
+    """Bytes that each process of a machine with the same units would keep in host memory; 0 where these are its own."""
+    units, device = stored_units(partition, plan, settings), torch.device(plan.device)
+    stays_on_device = plan.offload == "sharded" and device.type != "cpu"
+    if stays_on_device or any(is_in_memory(unit) for unit in units):
+        return 0
+    return sum(layout_of(unit, device, plan.num_sharers).num_bytes for unit in units) // plan.num_sharers
 
 
 class Streamer:
@@ -114,11 +134,8 @@ class Streamer:
         num_sharers = sharers.size if sharers else 1
         plans = {unit.name: unit for unit in self.plan.units}
         layouts = {id(unit): layout_of(unit, device, num_sharers) for unit in partition.units}
-        stored = {id(unit) for unit in partition.units if self._is_stored(unit, plans[unit.name].residency)}
-        is_in_files = not any(id(unit) in stored and is_in_memory(unit) for unit in partition.units)
-        store = self._make_store(
-            sum(layouts[number].num_bytes for number in stored) // num_sharers, device, is_in_files
-        )
+        stored = {id(unit) for unit in stored_units(partition, self.plan, self._settings)}
+        store = self._make_store(sum(layouts[number].num_bytes for number in stored) // num_sharers, device)
         tenants = []
         for unit in partition.units:
             layout = layouts[id(unit)]
@@ -136,19 +153,11 @@ class Streamer:
             store.finish(self._settings.on_read)
         return tenants
 
-    def _is_stored(self, unit: Unit, residency: str) -> bool:
-        """Whether this rank's part of a unit is read beforehand, into memory: then the original is not needed."""
-        if self._settings.sharers is not None and is_in_memory(unit):
-            return True
-        return residency != "resident" and (self._settings.in_host_store or self.plan.offload == "sharded")
-
-    def _make_store(self, num_bytes: int, device: torch.device, is_in_files: bool) -> HostStore | None:
-        """Where parts are kept; what all neighbours have in files, they keep once."""
+    def _make_store(self, num_bytes: int, device: torch.device) -> HostStore | None:
         if not num_bytes:
             return None
         place = device if self.plan.offload == "sharded" else torch.device("cpu")
-        neighbours = self._settings.neighbours if is_in_files and place.type == "cpu" else None
-        self.store = HostStore(num_bytes, device.type == "cuda", place, neighbours)
+        self.store = HostStore(num_bytes, device.type == "cuda", place, self._settings.common)
         if self.plan.offload != "sharded":
             self.host_bytes = num_bytes // self.store.num_sharers
         return self.store

@@ -285,7 +285,13 @@ def _set_apart_shared(parts: Sequence[ComponentUnits]) -> Unit | None:
     """Move weights whose memory several units use to the rest of their component, or of all."""
     entries = [(weight, unit, part) for part in parts for unit in part.units for weight in unit.weights]
     shared = Unit("shared", "", nn.Module())
-    for group in _overlapping(entries):
+    order = {id(weight): number for number, (weight, _, _) in enumerate(entries)}
+
+    def place(entry: tuple[Weight, Any, Any]) -> int:
+        return order[id(entry[0])]
+
+    groups = [sorted(group, key=place) for group in _overlapping(entries)]
+    for group in sorted(groups, key=lambda group: place(group[0])):  # alike on all ranks, wherever their memory is
         units = {id(unit): unit for _, unit, _ in group}
         if len(units) == 1:
             continue

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from typing import Protocol
+from dataclasses import dataclass
 
 import torch
 
-from penstock.weights.memory import HostMemory, room_for
+from penstock.weights.memory import HostMemory
 from penstock.weights.sources import Part, Source, SourceKind
 
 _THREADS = 4
@@ -21,19 +21,19 @@ Progress = Callable[[int, int], None]
 """(bytes read so far, bytes in all); called as they arrive."""
 
 
-class Neighbours(Protocol):
-    """Processes of this machine that put the same into their stores, in the same order."""
+@dataclass(frozen=True)
+class Common:
+    """Memory that processes of one machine keep together, because all of them put the same into it.
 
+    Attributes:
+        file: descriptor of a file in memory, open in all of them.
+        rank: this process among them.
+        size: how many they are.
+    """
+
+    file: int
     rank: int
     size: int
-
-    def open(self, num_bytes: int) -> int | None:
-        """A file in memory for all of them, or None where each must have its own."""
-        ...
-
-    def wait(self) -> None:
-        """Until all have come here."""
-        ...
 
 
 class HostStore:
@@ -43,7 +43,8 @@ class HostStore:
         num_bytes: of all that will be put in.
         is_pinned: for CUDA.
         device: where they stay; on another device than the host's, they are in host memory only while they are read.
-        neighbours: who keep the same, once for all of them; each reads a part.
+        common: where several processes keep the same, once for all of them. Each reads a part: all of it is there once
+            `finish` has returned in all.
 
     Attributes:
         tensor: all of it.
@@ -55,12 +56,10 @@ class HostStore:
         num_bytes: int,
         is_pinned: bool,
         device: torch.device | None = None,
-        neighbours: Neighbours | None = None,
+        common: Common | None = None,
     ) -> None:
-        file = neighbours.open(room_for(num_bytes)) if neighbours is not None else None
-        self._neighbours = neighbours if file is not None else None
-        self.num_sharers = self._neighbours.size if self._neighbours is not None else 1
-        self._memory: HostMemory | None = HostMemory(num_bytes, is_pinned, file)
+        self._rank, self.num_sharers = (common.rank, common.size) if common is not None else (0, 1)
+        self._memory: HostMemory | None = HostMemory(num_bytes, is_pinned, common.file if common is not None else None)
         self._num_parts = 0
         self.tensor = self._memory.tensor
         self._device = device or torch.device("cpu")
@@ -80,13 +79,13 @@ class HostStore:
         view = self._memory.view[begin:end]
         for part in source.parts:
             self._num_parts += 1
-            if self._neighbours is None or self._num_parts % self._neighbours.size == self._neighbours.rank:
+            if self._num_parts % self.num_sharers == self._rank:
                 self._work[self._pool.submit(_write, part, view)] = part.num_bytes
         self._used = end
         return StoredSource(self, begin, end)
 
     def finish(self, on_progress: Progress | None = None) -> None:
-        """Wait until all units are there, on the device that they stay on.
+        """Wait until all that this process reads is there, on the device that it stays on.
 
         Raises:
             WeightsError: for what the readers meet; nothing is read on.
@@ -101,8 +100,6 @@ class HostStore:
         finally:
             self._pool.shutdown(wait=True, cancel_futures=True)
             self._work.clear()
-        if self._neighbours is not None:
-            self._neighbours.wait()
         if self._device.type != "cpu" and self._memory is not None:
             with torch.inference_mode(False):
                 self.tensor = self.tensor.to(self._device)

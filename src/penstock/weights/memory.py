@@ -7,7 +7,6 @@ size is registered with the driver instead.
 from __future__ import annotations
 
 import mmap
-import os
 import warnings
 from typing import Any
 
@@ -32,7 +31,7 @@ class HostMemory:
         num_bytes: its size.
         is_pinned: register it with CUDA, so that copies to the device run beside compute. Where the driver
             refuses (limits of a container, WSL), it stays pageable, with a warning.
-        file: descriptor of a file in memory that other processes map as well; closed here.
+        file: descriptor of a file in memory that other processes map as well; it may be closed afterwards.
 
     Attributes:
         tensor: all of it, as uint8.
@@ -46,7 +45,6 @@ class HostMemory:
             self._map = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # a fork gets one of its own
         else:
             self._map = mmap.mmap(file, size, flags=mmap.MAP_SHARED)
-            os.close(file)
         self.view = memoryview(self._map)
         with torch.inference_mode(False):
             self.tensor = torch.frombuffer(self._map, dtype=torch.uint8)
