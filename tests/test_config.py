@@ -84,3 +84,33 @@ def test_tiles_that_fit_no_ranks_are_refused_with_the_equation() -> None:
 def test_every_degree_explains_itself() -> None:
     for item in dataclasses.fields(ParallelConfig):
         assert item.metadata["help"].endswith(".")
+
+
+def test_shards_multiply_to_the_ranks_that_hold_the_same() -> None:
+    assert ParallelConfig(use_hsdp=True, hsdp_shard_size=4).axes()["copies"] == 4
+    assert ParallelConfig(use_hsdp=True, ulysses_degree=4).shard_size == 4
+    two = ParallelConfig(use_hsdp=True, hsdp_shard_size=2, hsdp_replicate_size=2, ulysses_degree=2, cfg_parallel_size=2)
+    assert (two.num_holders, two.world_size) == (4, 4)
+    with_stages = ParallelConfig(use_hsdp=True, hsdp_shard_size=2, pipeline_parallel_size=2)
+    assert (with_stages.num_holders, with_stages.world_size) == (2, 4)
+    message = r"hsdp_replicate\(1\) \* hsdp_shard\(2\) = 2 is not .*ulysses\(4\) = 4.*--hsdp-replicate-size 2"
+    with pytest.raises(ConfigError, match=message):
+        ParallelConfig(use_hsdp=True, hsdp_shard_size=2, ulysses_degree=4)
+    with pytest.raises(ConfigError, match="--hsdp-replicate-size 1 and --hsdp-shard-size 2"):
+        ParallelConfig(use_hsdp=True, hsdp_shard_size=3, ulysses_degree=2)
+    with pytest.raises(ConfigError, match="no effect without use_hsdp"):
+        ParallelConfig(hsdp_replicate_size=2)
+    with pytest.raises(ConfigError, match="neither True nor False"):
+        ParallelConfig(use_hsdp=1)  # type: ignore[arg-type]
+
+
+def test_an_open_number_of_shards_takes_all_ranks() -> None:
+    assert ParallelConfig(use_hsdp=True).for_ranks(4).shard_size == 4
+    copies = ParallelConfig(use_hsdp=True, hsdp_replicate_size=2).for_ranks(4)
+    assert (copies.shard_size, copies.world_size) == (2, 4)
+    assert ParallelConfig(use_hsdp=True, data_parallel_size=2).for_ranks(4).shard_size == 2
+    assert ParallelConfig(ulysses_degree=2).for_ranks(4).world_size == 2
+    assert ParallelConfig(use_hsdp=True, hsdp_replicate_size=2).for_ranks(3).world_size == 1
+    told = ParallelConfig(use_hsdp=True, hsdp_shard_size=2, vae_patch_parallel_size=2).description()
+    assert told == "copies(2), tiles over 2 ranks, weights over 2 ranks"
+    assert ParallelConfig().description() == ""

@@ -185,10 +185,10 @@ class ParallelConfig:
                 )
             return
         holders = self.num_holders
-        if self.shard_size * replicas == holders:
-            return
+        if self.shard_size * replicas == holders or (shards == ALL_RANKS and holders == 1):
+            return  # or it is left open until the ranks are known
         if shards == ALL_RANKS or holders % shards:
-            advice = f"--hsdp-replicate-size 1 and --hsdp-shard-size {math.gcd(holders, max(shards, 0))}"
+            advice = f"--hsdp-replicate-size 1 and --hsdp-shard-size {holders}"
         else:
             advice = f"--hsdp-replicate-size {holders // shards}"
         raise ConfigError(

@@ -10,7 +10,7 @@ import torch
 from penstock.weights.layout import Layout, packed, paged
 from penstock.weights.ranges import ALIGNMENT_BYTES, PAGE_BYTES, Cast, FileRange, Piece, Unread
 from penstock.weights.reader import FileReader
-from penstock.weights.shards import ShardSource, cut, padded
+from penstock.weights.shards import ShardSource, cut, padded, written_bytes
 from penstock.weights.sources import HostSource, Source, source_of
 from tests.weights.samples import expected, file_of, random_pieces
 
@@ -93,6 +93,7 @@ def test_a_part_is_checked_as_its_source_is(tmp_path: Path) -> None:
     source = ShardSource(HostSource([], packed([])), Rank(0, 2), 512)
     source.check()
     assert source.kind == "host" and not source.parts
+    assert written_bytes(source) == 256 and written_bytes(source.own) == 0
 
 
 def test_units_are_padded_to_equal_parts() -> None:

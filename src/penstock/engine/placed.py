@@ -142,7 +142,7 @@ class Placed:
             read_bytes=streamer.reader.read_bytes,
             moved_bytes=streamer.transfer.moved_bytes,
             saved_bytes=streamer.saved_bytes,
-            peak_bytes=residency.peak_bytes + self.plan.fixed_bytes,
+            peak_bytes=residency.peak_bytes + self.plan.fixed_bytes + self.plan.shard_bytes,
             host_bytes=streamer.host_bytes,
             fill_s=streamer.transfer.busy_s,
             exposed_wait_s=residency.exposed_wait_s,
@@ -180,7 +180,7 @@ class Placed:
         if self._streamer is not None:
             self._last_report = self.report()
             self._streamer.remove()
-            self._streamer = None  # and with it the device's memory
+            self._streamer, self._sharing = None, Sharing(self.pipeline, None, self.mesh)  # and the device's memory
         elif str(self._device_before) != self.plan.device:
             self.pipeline.to(self._device_before)
         self._split.weights.run()

@@ -20,6 +20,7 @@ from penstock.distributed.group import Group
 from penstock.distributed.mesh import Mesh, alone, build_mesh, num_running, require_ranks, world_group
 from penstock.distributed.watch import current_watch
 from penstock.engine.placement import choose_device
+from penstock.engine.sharing import check_sharing
 from penstock.errors import ConfigError, PenstockError
 from penstock.machine import Machine, read_machine
 
@@ -41,6 +42,7 @@ def join_ranks(config: OffloadConfig, parallel: ParallelConfig | None, model: st
 
     Cost: with several ranks it waits for all of them, and exchanges a few bytes.
     """
+    check_sharing(config, parallel)
     environment = read_environment() if parallel else None
     if parallel is not None:
         parallel = _for_running(parallel, environment)

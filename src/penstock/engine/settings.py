@@ -46,7 +46,7 @@ def settings_of(
     on_device = sum(piece.num_bytes for unit in units for piece in unit.pieces) // shard.size
     on_device //= num_neighbours
     return Settings(
-        is_direct=in_files > _DIRECT_SHARE * free,
+        is_direct=in_files // shard.size > _DIRECT_SHARE * free,
         in_host_store=device.type == "cuda" and on_device <= _STORE_SHARE * free,
         is_checked=config.check,
         shares_blocks=config.share_blocks,

@@ -6,13 +6,14 @@ originals' memory; does not know which ranks have what.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 
 from penstock.offload.residency import Residency, Tenant
 from penstock.offload.units import Unit, Weight
+from penstock.undo import Undo
 from penstock.weights.proof import Proof
 from penstock.weights.ranges import HostRange, Unread
 
@@ -22,17 +23,20 @@ def is_in_memory(unit: Unit) -> bool:
     return any(isinstance(piece.range, HostRange) for piece in unit.pieces)
 
 
-def let_go(residency: Residency, proof: Proof | None = None) -> Callable[[], None]:
+def let_go(residency: Residency, undo: Undo, proof: Proof | None = None) -> None:
     """Free the weights that memory alone had; each unit's source must not read them any more.
 
     A weight stays the object that it was, without elements. Memory that others hold as well stays theirs.
 
-    Returns:
-        What brings them back, on all ranks together.
+    Args:
+        residency: of all units.
+        undo: to which is added what brings them back, on all ranks together.
+        proof: is told what they were.
 
     Cost: in the end one fill of each of these units, and the memory of the whole weights.
     """
     gone: list[tuple[Tenant, list[Weight]]] = []
+    undo.add(partial(_bring_all_back, residency, gone))
     for tenant in residency.tenants:
         weights = [weight for weight in tenant.unit.weights if _is_in_memory(tenant.unit, weight)]
         if not weights:
@@ -47,12 +51,11 @@ def let_go(residency: Residency, proof: Proof | None = None) -> Callable[[], Non
         for weight in weights:
             weight.original.data = torch.empty(0, dtype=weight.original.dtype)
 
-    def bring_back() -> None:
-        while gone:
-            _bring_back(residency, *gone[-1])
-            gone.pop()
 
-    return bring_back
+def _bring_all_back(residency: Residency, gone: list[tuple[Tenant, list[Weight]]]) -> None:
+    while gone:
+        _bring_back(residency, *gone[-1])
+        gone.pop()
 
 
 def _is_in_memory(unit: Unit, weight: Weight) -> bool:

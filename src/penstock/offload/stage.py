@@ -20,6 +20,7 @@ from penstock.offload.residency import Residency, State, Tenant
 from penstock.offload.schedule import Schedule
 from penstock.timeline import Timeline
 from penstock.undo import Undo
+from penstock.weights.shards import written_bytes
 
 
 class Stage:
@@ -130,7 +131,7 @@ class Stage:
         if self._convoy.arrive(tenant, self.schedule.place_of(tenant)):
             self.schedule.advance(tenant)
         elif any(other is not tenant and other.plan.slot == tenant.plan.slot for other in self.schedule.order):
-            self.saved_bytes += sum(part.num_bytes for part in tenant.source.parts)  # it would have been driven out
+            self.saved_bytes += written_bytes(tenant.source)  # it would have been driven out
         self._residency.use(tenant)
         self._ask(self._ahead - 1)
         self._begun_s = time.perf_counter()

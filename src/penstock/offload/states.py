@@ -48,15 +48,16 @@ class _Show:
         self._shown = shown
 
     def __call__(self, module: nn.Module, prefix: str, keep_vars: bool) -> None:
+        gone = next((weight for weight in self._weights if not weight.original.numel()), None)
+        if gone is not None:  # those without elements are in no unit
+            raise UsageError(
+                f"{gone.name} is sharded over ranks, and no rank has all of it: call remove() on what penstock.apply "
+                "returned, on all ranks, before its state is taken."
+            )
         casts: dict[int, torch.Tensor] = {}  # tied weights stay tied
         for weight in self._weights:
             self._shown.append((weight, weight.table.get(weight.key)))
             stored = weight.original
-            if not stored.numel():  # those without elements are in no unit
-                raise UsageError(
-                    f"{weight.name} is sharded over ranks, and no rank has all of it: call remove() on what "
-                    "penstock.apply returned, on all ranks, before its state is taken."
-                )
             if stored.dtype != weight.dtype:
                 if id(stored) not in casts:
                     casts[id(stored)] = nn.Parameter(stored.detach().to(weight.dtype), requires_grad=False)

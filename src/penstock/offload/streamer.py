@@ -122,6 +122,7 @@ class Streamer:
         with ExitStack() as made:  # closed again where a source cannot be made
             made.callback(self.reader.close)
             made.callback(self.transfer.close)
+            made.callback(lambda: self.store.close() if self.store is not None else None)
             tenants = self._tenants(partition, device)
             made.pop_all()
         self.residency = Residency(tenants, self.arena, self.transfer, self._proof, timeline)
@@ -259,7 +260,7 @@ class Streamer:
         self._undo.add(whole_states(self._partition))
         self._undo.add(guard(self._pipeline, modules, self.arena.tensor.device))
         if self._settings.sharers is not None:
-            self._undo.add(let_go(self.residency, self._proof))
+            let_go(self.residency, self._undo, self._proof)
 
     def remove(self) -> None:
         """Undo `install`, in the opposite order; the pipeline is as it was."""

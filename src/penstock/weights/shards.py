@@ -135,3 +135,9 @@ class ShardSource:
     def check(self) -> None:
         """Check this rank's part."""
         self.own.check()
+
+
+def written_bytes(source: Source) -> int:
+    """Bytes that a fill from a source writes to the device: what this rank brings, and what it gathers."""
+    own = sum(part.num_bytes for part in source.parts)
+    return own + source.num_bytes - source.part_bytes if isinstance(source, ShardSource) else own
