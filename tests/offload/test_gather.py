@@ -147,6 +147,22 @@ def test_a_part_that_cannot_be_read_is_that_ranks_error() -> None:
     transfer.close()
 
 
+def test_transfers_of_one_group_share_its_thread_and_the_last_ends_it() -> None:
+    alone = Meeting(1).rank(0)
+    transfers = [GatherTransfer(Arena(4 * SIZE, CPU)) for _ in range(2)]
+    for transfer in transfers:
+        transfer.wait(transfer.submit("unit", ShardSource(Scripted([part_of(1, 0)]), alone, SIZE), 0))
+    assert len(threads()) == 1
+    transfers[0].close()
+    assert len(threads()) == 1
+    transfers[1].close()
+    assert not threads()
+
+
+def threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("penstock-gather")]
+
+
 def test_whole_units_are_read_as_ever() -> None:
     arena = Arena(4 * SIZE, CPU)
     transfer = GatherTransfer(arena)

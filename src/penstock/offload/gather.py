@@ -24,9 +24,17 @@ from penstock.weights.shards import ShardSource, Sharers
 from penstock.weights.sources import Source
 
 _LANE = "gathering"
-_THREADS: dict[Sharers, ThreadPoolExecutor] = {}
+_THREADS: dict[Sharers, _Thread] = {}  # by group, while anybody uses it
 _STAMP_BYTES = 8
 """At a unit's begin, where no weight lies: the first rank writes there which unit it gathers."""
+
+
+class _Thread:
+    """The thread of one group of ranks, and the transfers that use it."""
+
+    def __init__(self) -> None:
+        self.pool = ThreadPoolExecutor(1, thread_name_prefix="penstock-gather")
+        self.users: set[GatherTransfer] = set()
 
 
 class GatherTransfer:
@@ -48,6 +56,7 @@ class GatherTransfer:
             self._memory = torch.frombuffer(arena.host.view, dtype=torch.uint8)  # torch counts its writes apart
         self._timeline = timeline
         self._under_way: list[Future[None]] = []
+        self._groups: set[Sharers] = set()
         self._names: dict[int, str] = {}  # by what rank 0 stamps units with
         self._num_shared = 0
         self._received_bytes = 0
@@ -73,7 +82,7 @@ class GatherTransfer:
             reading = self._own.submit(name, source.own, begin + source.begin)
         number = zlib.crc32(name.encode())
         self._names[number] = name
-        gathering = _thread_of(source.sharers).submit(self._gather, number, source, begin, reading)
+        gathering = self._thread_of(source.sharers).submit(self._gather, number, source, begin, reading)
         self._under_way = [*(future for future in self._under_way if not future.done()), gathering]
         return Ticket(name, gathering, is_shared=True)
 
@@ -110,9 +119,18 @@ class GatherTransfer:
         self._own.restart()
 
     def close(self) -> None:
-        """Let what was asked for come, which the other ranks count on; then end the readers."""
+        """Let what was asked for come, which the other ranks count on; then end the threads that nobody uses."""
         wait(self._under_way)
+        while self._groups:
+            _left(self._groups.pop(), self)
         self._own.close()
+
+    def _thread_of(self, sharers: Sharers) -> ThreadPoolExecutor:
+        """The thread that gathers for a group."""
+        thread = _THREADS.setdefault(sharers, _Thread())
+        thread.users.add(self)
+        self._groups.add(sharers)
+        return thread.pool
 
     def _gather(self, number: int, source: ShardSource, begin: int, reading: Ticket | None) -> None:
         """Runs on the gathering thread."""
@@ -136,11 +154,12 @@ class GatherTransfer:
             self._timeline.add("fill", self._names[number], begun_s, ended_s, lane=_LANE, num_bytes=source.num_bytes)
 
 
-def _thread_of(sharers: Sharers) -> ThreadPoolExecutor:
-    """The thread that gathers for a group, made once."""
-    if sharers not in _THREADS:
-        _THREADS[sharers] = ThreadPoolExecutor(1, thread_name_prefix="penstock-gather")
-    return _THREADS[sharers]
+def _left(sharers: Sharers, user: GatherTransfer) -> None:
+    thread = _THREADS[sharers]
+    thread.users.discard(user)
+    if not thread.users:
+        del _THREADS[sharers]
+        thread.pool.shutdown(wait=True)
 
 
 def _stored(source: ShardSource) -> torch.Tensor:
