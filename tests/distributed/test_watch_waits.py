@@ -93,6 +93,7 @@ if rank == 1:
     meet((0, 1, 2), trio)  # as what it sent before it left, and they receive late
 with watch:
     say(meet())
+dist.destroy_process_group()
 """,
         tmp_path,
         num_ranks=3,
