@@ -55,6 +55,14 @@ def test_rank_finds_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
     assert place == Place(rank=5, num_ranks=8, replica=1, num_replicas=2)
 
 
+def test_degrees_that_are_not_the_launchers_ranks_keep_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in zip(RANKS, ("0", "2", "0", "2", "127.0.0.1", "29500"), strict=False):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=r"ulysses\(3\) = 3 is not world_size\(2\)"):
+        take_place(ParallelConfig(ulysses_degree=3))
+    assert take_place(ParallelConfig(use_hsdp=True)).num_ranks == 2
+
+
 def test_plain_shell_starts_ranks_and_leaves_with_their_code(monkeypatch: pytest.MonkeyPatch) -> None:
     started = []
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -14,7 +15,11 @@ from penstock.distributed.group import Group
 from penstock.distributed.mesh import build_mesh
 from tests.ranks import run_ranks
 
-GETTERS = sorted(name for name in vars(parallel_state) if name.startswith(("get_", "is_")))
+GETTERS = sorted(
+    name
+    for name, value in vars(parallel_state).items()
+    if name.startswith(("get_", "is_")) and not inspect.signature(value).parameters
+)
 
 
 @pytest.fixture(autouse=True)
@@ -48,6 +53,7 @@ def test_a_call_brings_its_own_mesh() -> None:
     ours, others = (replace(build_mesh(ParallelConfig(), "cpu")) for _ in range(2))
     with parallel_state.using(ours):
         assert parallel_state.get_mesh() is ours
+        assert parallel_state.is_in_call(ours) and not parallel_state.is_in_call(others)
         parallel_state.set_mesh(others)
         assert parallel_state.get_mesh() is ours and parallel_state.model_parallel_is_initialized()
         with pytest.raises(KeyError), parallel_state.using(others):
@@ -55,6 +61,7 @@ def test_a_call_brings_its_own_mesh() -> None:
             raise KeyError
         assert parallel_state.get_mesh() is ours
     assert parallel_state.get_mesh() is others
+    assert not parallel_state.is_in_call(others)
     parallel_state.set_mesh(None)
     with parallel_state.using(ours):
         assert parallel_state.model_parallel_is_initialized()

@@ -91,13 +91,17 @@ def take_place(parallel: ParallelConfig) -> Place:
     """Find this process's place; a plain shell that asks for several ranks starts them, and leaves as they do.
 
     Raises:
-        ConfigError: where a launcher's variables are incomplete, or not all ranks could be started; for more ranks
-            than this machine can reasonably have, before any is started.
+        ConfigError: where a launcher's variables are incomplete, or the degrees do not make its number of ranks; where
+            not all ranks could be started; for more ranks than this machine can reasonably have, before any is started.
         typer.Exit: with the exit code of the ranks that were started.
     """
     environment = read_environment()
     if environment is not None:
         atexit.register(gc.freeze)  # else Python looks at all of torch's objects once more: 1 s, and more under load
+        from penstock.distributed.mesh import require_ranks
+
+        asked = parallel.for_ranks(environment.world_size)
+        require_ranks(asked, environment.world_size)  # before any rank waits for another
         num_replicas = parallel.data_parallel_size
         size = max(1, environment.world_size // num_replicas)
         return Place(
