@@ -8,7 +8,7 @@ demo: setup
 	$(BIN)/penstock generate demo "a red circle left of a blue square" --seed 0 --out out.png
 
 test: setup
-	$(BIN)/pytest --numprocesses 2 --dist loadfile
+	$(BIN)/pytest --numprocesses 2 --dist worksteal
 
 lint: setup
 	$(BIN)/ruff check .

@@ -20,6 +20,11 @@ def boards() -> Iterator[tuple[Board, Board]]:
     yield Board(store), Board(store)
 
 
+def settle(writer: Board) -> None:
+    """Wait for an answer: until then the store may not have read what was written before."""
+    writer.failures()
+
+
 def test_places() -> None:
     pair, triple = (0, 1), (0, 1, 2)
     place = Place(Counter({pair: 2, triple: 5}), inside=pair)
@@ -35,11 +40,14 @@ def test_what_one_writes_another_reads(boards: tuple[Board, Board]) -> None:
     call = Call((0, 1), 3)
     assert reader.place_of(1) == Place()
     writer.place(1, Place(Counter({(0, 1): 3}), (0, 1)))
+    settle(writer)
     assert reader.place_of(1) == Place(Counter({(0, 1): 3}), (0, 1))
     assert not reader.is_stuck(1, call)
     writer.stick(1, call)
+    settle(writer)
     assert reader.is_stuck(1, call) and not reader.is_stuck(1, Call((0, 1), 4)) and not reader.is_stuck(0, call)
     writer.stick(1, None)
+    settle(writer)
     assert not reader.is_stuck(1, call)
 
 
@@ -49,6 +57,7 @@ def test_values_are_there_once_all_have_brought_theirs(boards: tuple[Board, Boar
     writer.bring(2, call, 0, {2: "b"})
     assert reader.brought(call, 0) is None
     writer.bring(0, call, 0, None)
+    settle(writer)
     assert reader.brought(call, 0) == [None, {2: "b"}]
     assert reader.brought(call, 1) is None and reader.brought(Call((0, 2), 2), 0) is None
     assert reader.brought(Call((0, 2, 3), 1), 0) is None
@@ -58,6 +67,7 @@ def test_failures_come_in_their_order(boards: tuple[Board, Board]) -> None:
     writer, reader = boards
     failures = [Failure(rank, Call((0, 1), 2), 5, f"Traceback\nValueError: {rank}\n") for rank in (1, 0)]
     assert [writer.publish(failure) for failure in failures] == [0, 1]
+    settle(writer)
     assert reader.failures() == failures == reader.failures()
     assert failures[0].line == "ValueError: 1"
 
@@ -66,11 +76,14 @@ def test_processes_that_have_gone_are_seen(boards: tuple[Board, Board], monkeypa
     writer, reader = boards
     assert not reader.is_gone(1) and reader.has_ended(1)  # it never moved in
     writer.move_in(1)
+    settle(writer)
     assert not reader.is_gone(1) and not reader.has_ended(1)
     writer.end(1)
+    settle(writer)
     assert not reader.is_gone(1) and reader.has_ended(1)
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait()
     monkeypatch.setattr(os, "getpid", lambda: process.pid)
     writer.move_in(0)
+    settle(writer)
     assert reader.is_gone(0) and reader.has_ended(0)
