@@ -19,7 +19,10 @@ OTHER_SOURCES = [
     *sorted((ROOT / "tests").rglob("*.py")),
 ]
 
-NOUNS = {"plan", "report", "bytesize", "config", "errors", "machine", "profile", "request", "timeline", "undo", "waits"}
+NOUNS = {
+    *("bytesize", "config", "errors", "machine", "plan", "profile", "report", "request", "timeline", "undo", "waits"),
+    "wire",
+}
 MAY_IMPORT = {
     **{noun: NOUNS for noun in NOUNS},
     "weights": NOUNS,
@@ -28,10 +31,11 @@ MAY_IMPORT = {
     "offload": NOUNS | {"weights", "models"},
     "distributed": NOUNS | {"models"},
     "media": NOUNS,
-    "engine": NOUNS | {"weights", "models", "planner", "offload", "distributed"},
-    "cli": NOUNS | {"weights", "models", "media", "planner", "offload", "distributed", "engine"},
+    "engine": NOUNS | {"weights", "models", "planner", "offload", "distributed", "media"},
+    "server": NOUNS | {"media", "engine"},
+    "cli": NOUNS | {"weights", "models", "media", "planner", "offload", "distributed", "engine", "server"},
 }
-TORCH_FREE = NOUNS | {"media", "planner", "cli"}
+TORCH_FREE = NOUNS | {"media", "planner", "cli", "server"}
 HEAVY = {"torch", "diffusers", "transformers", "accelerate"}
 BANNED_NAMES = {"util", "utils", "common", "misc", "helper", "helpers", "base", "manager"}
 BROAD_EXCEPTS = {"engine/generate.py": 1, "cli/failures.py": 1}
@@ -154,6 +158,19 @@ def test_importing_penstock_is_light() -> None:
     code = "import sys, penstock; print(sorted({'torch', 'diffusers', 'numpy', 'pydantic'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_servers_process_needs_no_torch() -> None:
+    names = [
+        ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
+        for path in SOURCES
+        if unit_of(path) == "server"
+    ]
+    code = (
+        f"import sys, importlib; [importlib.import_module(name) for name in {names}]; print({HEAVY} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
 
 
 def test_help_needs_no_torch() -> None:

@@ -9,14 +9,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from penstock.errors import (
+    CancelledError,
     ConfigError,
     DeclarationError,
+    EngineError,
     GenerationError,
     ModelError,
     ModelNotFoundError,
     NotAPipelineError,
+    NotReadyError,
     OutputError,
     PenstockError,
+    QueueFullError,
     RequestError,
     UsageError,
     WeightsError,
@@ -27,12 +31,14 @@ if TYPE_CHECKING:
     from penstock.config import OffloadConfig as OffloadConfig
     from penstock.config import ParallelConfig as ParallelConfig
     from penstock.engine.build import load as load
+    from penstock.engine.engine import Engine as Engine
     from penstock.engine.generate import generate as generate
     from penstock.engine.parity import Verification as Verification
     from penstock.engine.parity import verify as verify
     from penstock.engine.placed import Placed as Placed
     from penstock.engine.placed import apply as apply
     from penstock.engine.placed import placed_on as placed_on
+    from penstock.engine.status import EngineConfig as EngineConfig
     from penstock.media.files import save as save
     from penstock.models.profiler import inspect as inspect
     from penstock.models.protocols import SupportsComponentDiscovery as SupportsComponentDiscovery
@@ -47,6 +53,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Engine": "penstock.engine.engine",
+    "EngineConfig": "penstock.engine.status",
     "GenerationRequest": "penstock.request",
     "GenerationResult": "penstock.request",
     "LoadConfig": "penstock.config",
@@ -70,14 +78,18 @@ _HOMES = {
 }
 
 __all__ = [
+    "CancelledError",
     "ConfigError",
     "DeclarationError",
+    "EngineError",
     "GenerationError",
     "ModelError",
     "ModelNotFoundError",
     "NotAPipelineError",
+    "NotReadyError",
     "OutputError",
     "PenstockError",
+    "QueueFullError",
     "RequestError",
     "UsageError",
     "WeightsError",

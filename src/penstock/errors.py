@@ -11,6 +11,10 @@
     |   +-- WeightsError          a weight file is missing, truncated or corrupt
     |   +-- DeclarationError      a class declares offload metadata that is not true of it
     +-- GenerationError           the pipeline failed while it ran
+    |   +-- CancelledError        it was asked to stop, and did
+    +-- EngineError               the ranks of an engine cannot do what they are asked to
+        +-- NotReadyError         none of its groups is ready, or it is closed
+        +-- QueueFullError        too many requests wait already
 
 A message has three parts: what happened, with numbers; why; what to do instead.
 """
@@ -37,7 +41,15 @@ class ConfigError(UsageError):
 
 
 class RequestError(UsageError):
-    """A request names an argument that the pipeline does not take, or a value that it cannot use."""
+    """A request names an argument that the pipeline does not take, or a value that it cannot use.
+
+    Attributes:
+        param: the argument at fault; None where it is not one alone.
+    """
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
 
 
 class ModelNotFoundError(UsageError):
@@ -66,3 +78,27 @@ class DeclarationError(ModelError):
 
 class GenerationError(PenstockError):
     """The pipeline failed while it ran."""
+
+
+class CancelledError(GenerationError):
+    """A request was cancelled while it waited or ran."""
+
+
+class EngineError(PenstockError):
+    """The ranks of an engine could not be started, died or hang."""
+
+
+class NotReadyError(EngineError):
+    """No group of ranks is ready, or the engine is closed."""
+
+
+class QueueFullError(EngineError):
+    """Too many requests wait already.
+
+    Attributes:
+        retry_after_s: whole seconds after which it may be worth asking again.
+    """
+
+    def __init__(self, message: str, retry_after_s: int) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s

@@ -33,7 +33,10 @@ class GenerationRequest:
         seed: of the first picture; None draws one. The generator lives on the CPU, so that a seed
             means the same noise on every device.
         image: path of an input picture, where the pipeline takes one.
+        pictures: further arguments that are pictures, by name: the paths of their files; several make a list.
         arguments: further arguments of the pipeline's `__call__`, by name.
+        opens_files: whether a text `@FILE` among `arguments` stands for the picture in that file. A server that hands
+            on what strangers wrote says False: then an argument that is a picture comes by `pictures`, or not at all.
 
     Raises:
         RequestError: for a value that no pipeline could use.
@@ -49,7 +52,9 @@ class GenerationRequest:
     num_images: int = 1
     seed: int | None = None
     image: str | None = None
+    pictures: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    opens_files: bool = True
 
     def __post_init__(self) -> None:
         for name in ("prompt", "negative_prompt", "image"):
@@ -64,8 +69,10 @@ class GenerationRequest:
             raise RequestError(f"seed={self.seed!r} is out of range. Give a number from 0 to {MAX_SEED}.")
         if self.frame_rate is not None and not 0 < self.frame_rate <= MAX_FRAME_RATE:
             raise RequestError(f"frame_rate={self.frame_rate!r} is out of range. Try 16; the most is {MAX_FRAME_RATE}.")
-        if not isinstance(self.arguments, Mapping):
-            raise RequestError(f"arguments is a {type(self.arguments).__name__}. Give a mapping of names to values.")
+        for name in ("arguments", "pictures"):
+            value = getattr(self, name)
+            if not isinstance(value, Mapping):
+                raise RequestError(f"{name} is a {type(value).__name__}. Give a mapping of names to values.")
 
 
 def is_whole(value: object, least: int, most: int | None = None) -> bool:
@@ -107,6 +114,8 @@ class GenerationResult:
         frame_rate: frames per second of a video; None otherwise.
         arguments: what the pipeline was called with, JSON-able.
         elapsed_s: seconds the pipeline ran.
+        path: the file that holds it, where an `Engine` made it: its ranks write what they make; None elsewhere. Then
+            `images` has the picture of an image, and nothing of a video.
     """
 
     kind: OutputKind
@@ -117,3 +126,4 @@ class GenerationResult:
     frame_rate: float | None = None
     arguments: Mapping[str, Any]
     elapsed_s: float
+    path: str | None = None

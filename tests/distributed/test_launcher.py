@@ -8,7 +8,17 @@ import tempfile
 
 import pytest
 
-from penstock.distributed.launcher import ERRORS, LAUNCHER, LISTENER, inherited_listener, is_launched, obey, tell
+from penstock.distributed.launcher import (
+    ERRORS,
+    GROUPS,
+    LAUNCHER,
+    LISTENER,
+    inherited_listener,
+    is_launched,
+    num_groups,
+    obey,
+    tell,
+)
 
 
 def test_process_of_its_own_owes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,3 +53,10 @@ def test_rank_of_a_living_launcher_lives(monkeypatch: pytest.MonkeyPatch) -> Non
         obey()
         os.kill(os.getpid(), signal.SIGTERM)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+
+
+def test_groups_that_share_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(GROUPS, raising=False)
+    assert num_groups() == 1
+    monkeypatch.setenv(GROUPS, "3")
+    assert num_groups() == 3

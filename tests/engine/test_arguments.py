@@ -39,7 +39,7 @@ def test_every_field_of_a_request_arrives_or_is_refused(tmp_path: Path) -> None:
         "num_frames": 9,
         "image": str(picture),
     }
-    elsewhere = {"num_images", "seed", "arguments", "frame_rate"}  # tested by themselves
+    elsewhere = {"num_images", "seed", "arguments", "frame_rate", "pictures", "opens_files"}  # tested by themselves
     assert set(values) | elsewhere == {item.name for item in dataclasses.fields(GenerationRequest)}
     arrived = set()
     for name in zoo.NAMES:
@@ -58,6 +58,29 @@ def test_every_field_of_a_request_arrives_or_is_refused(tmp_path: Path) -> None:
                 with pytest.raises(RequestError, match=f"takes no '{field}'"):
                     arguments(pipeline, **fields)
     assert arrived == set(values)
+
+
+def test_pictures_are_opened_and_those_that_no_file_may_be_opened_for_are_refused(tmp_path: Path) -> None:
+    pipeline = zoo.build("flux_img2img")
+    paths = tuple(str(tmp_path / f"{name}.png") for name in ("one", "two"))
+    for number, path in enumerate(paths):
+        Image.new("RGB", (16, 16 + number)).save(path)
+    given = arguments(pipeline, prompt="x", pictures={"image": paths[:1]})
+    assert isinstance(given["image"], Image.Image)
+    assert [picture.height for picture in arguments(pipeline, prompt="x", pictures={"image": paths})["image"]] == [
+        16,
+        17,
+    ]
+    with pytest.raises(RequestError, match="'image' is given twice") as caught:
+        arguments(pipeline, prompt="x", image=paths[0], pictures={"image": paths})
+    assert caught.value.param == "image"
+    with pytest.raises(RequestError, match="takes no 'mask'"):
+        arguments(pipeline, prompt="x", pictures={"mask": paths})
+    text = {"image": f"@{paths[0]}"}
+    assert isinstance(arguments(pipeline, prompt="x", arguments=text)["image"], Image.Image)
+    with pytest.raises(RequestError, match="a picture is wanted") as caught:
+        arguments(pipeline, prompt="x", arguments=text, opens_files=False)
+    assert caught.value.param == "image"
 
 
 def test_unknown_argument_is_named_with_a_suggestion(flux: Any) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from penstock.engine.outputs import read_output, sampling_rate, to_array
+from penstock.engine.outputs import read_output, read_outputs, sampling_rate, to_array
 from penstock.errors import GenerationError
 
 PIPELINE = SimpleNamespace(vocoder=SimpleNamespace(config=SimpleNamespace(output_sampling_rate=8000)))
@@ -77,6 +77,20 @@ def test_mono_sound(sound: Any) -> None:
 def test_nothing_of_a_batch_is_dropped(output: dict[str, Any]) -> None:
     with pytest.raises(GenerationError, match="returned 2 results from one call"):
         read_output(PIPELINE, SimpleNamespace(**output))
+
+
+def test_each_of_a_batch_is_read() -> None:
+    pictures = [Image.new("RGB", (6, 4), colour) for colour in ("red", "blue")]
+    outputs = read_outputs(PIPELINE, SimpleNamespace(images=pictures), 2)
+    assert [np.asarray(output.images[0]).tolist() for output in outputs] == [
+        np.asarray(one).tolist() for one in pictures
+    ]
+    sounds = torch.arange(8.0).reshape(2, 1, 4)
+    videos = read_outputs(PIPELINE, SimpleNamespace(frames=[pictures, pictures[:1]], audio=sounds), 2)
+    assert [len(output.images) for output in videos] == [2, 1]
+    assert videos[1].audio is not None and videos[1].audio.tolist() == [[4, 5, 6, 7]]
+    with pytest.raises(GenerationError, match="2 results from one call; penstock reads 3"):
+        read_outputs(PIPELINE, SimpleNamespace(images=pictures), 3)
 
 
 def test_output_without_media_is_refused() -> None:

@@ -10,6 +10,7 @@ import torch
 from penstock.config import OffloadConfig, ParallelConfig
 from penstock.distributed.environment import RankEnvironment
 from penstock.distributed.group import Group
+from penstock.distributed.launcher import GROUPS
 from penstock.distributed.mesh import alone, build_mesh
 from penstock.engine import ranks
 from penstock.engine.ranks import agreed, join_ranks, shared_machine
@@ -94,6 +95,15 @@ def fail_on(rank: int) -> str:
     assert time.perf_counter() - begun_s < 10
     assert agreed(world, lambda: "next") == "next"
     return result
+
+
+def test_groups_of_an_engine_share_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    alone_with_it = shared_machine(cpu, alone())
+    monkeypatch.setenv(GROUPS, "4")
+    shared = shared_machine(cpu, alone())
+    assert shared.host_bytes == alone_with_it.host_bytes // 4 and shared.device_bytes == shared.host_bytes
+    assert "shared by 4 ranks" in shared.limited_by
 
 
 def test_a_step_that_fails_on_one_rank_fails_on_all() -> None:

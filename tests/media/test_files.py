@@ -50,7 +50,7 @@ def test_interrupted_write_leaves_the_old_file_and_nothing_else(
         target.write_text("half")
         raise error
 
-    monkeypatch.setitem(files._WRITERS, "image", half)
+    monkeypatch.setitem(files._WRITERS["image"], ".png", half)
     with pytest.raises(OutputError if error is OSError else error):
         save(make_result(), path)
     assert path.read_text() == "old"
@@ -60,7 +60,7 @@ def test_interrupted_write_leaves_the_old_file_and_nothing_else(
 @pytest.mark.parametrize(
     ("kind", "name", "message"),
     [
-        ("image", "a.jpg", r"makes images, written as \.png\. Try .*a\.png"),
+        ("image", "a.gif", r"makes images, written as \.png, \.jpg, \.jpeg, \.webp\. Try .*a\.png"),
         ("video", "a.png", r"makes videos, written as \.mp4"),
         ("audio", "a", r"makes audios, written as \.wav"),
         ("image", "missing/a.png", "is no folder, so a.png cannot be written there"),

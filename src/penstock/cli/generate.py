@@ -51,6 +51,7 @@ def generate(
     check_replicas(parallel, asked.num_images)
     place = take_place(parallel)
     from penstock.engine.build import prepare
+    from penstock.engine.description import effective
 
     begun_s = time.perf_counter()
     with place.joined(load):
@@ -77,6 +78,7 @@ def make(
     """Load, make the pictures of this rank's replica, write them, and tell of those of all."""
     from penstock.cli.progress import Bars
     from penstock.engine.build import fill
+    from penstock.engine.description import effective
     from penstock.engine.generate import generate as run
     from penstock.media.files import save
 
@@ -120,10 +122,10 @@ class Story:
 
     def path_of(self, result: Any, target: Path, item: int, count: int) -> Path:
         """Where a result goes: with the suffix of what was really made, noted where that is another than expected."""
-        from penstock.media.files import SUFFIXES, numbered
+        from penstock.media.files import SUFFIXES, numbered, suffixes
 
         path = numbered(target, item, count)
-        if path.suffix.lower() == SUFFIXES[result.kind]:
+        if path.suffix.lower() in suffixes(result.kind):
             return path
         self.notes.append(
             f"the pipeline made a {result.kind}, so {path.name} became {path.stem}{SUFFIXES[result.kind]}"
@@ -222,27 +224,6 @@ def notes_on(prepared: Prepared, asked: GenerationRequest) -> list[str]:
         model = prepared.skeleton.folder.model
         notes.append(f"{model} was trained for prompts like: {grammar.description}. Yours is another.")
     return notes
-
-
-def effective(prepared: Prepared) -> dict[str, Any]:
-    """The configuration that really took effect, as it is printed and written into files."""
-    import diffusers
-    import torch
-
-    from penstock import __version__
-
-    return {
-        "model": prepared.skeleton.folder.model,
-        "pipeline": type(prepared.skeleton.pipeline).__name__,
-        "device": str(prepared.device),
-        "dtype": str(prepared.dtype).removeprefix("torch."),
-        "offload": prepared.plan.offload,
-        "promised_bytes": prepared.plan.promised_bytes,
-        "split": prepared.parallel.description(),
-        "variant": prepared.config.variant,
-        "revision": prepared.config.revision,
-        "versions": {"penstock": __version__, "diffusers": diffusers.__version__, "torch": torch.__version__},
-    }
 
 
 def entry_of(path: Path, result: Any) -> dict[str, Any]:

@@ -21,6 +21,9 @@ ERRORS = "PENSTOCK_ERRORS"
 LISTENER = "PENSTOCK_LISTENER"
 """Variable with the number of the socket on which rank 0 listens: a port that was only named could be taken by now."""
 
+GROUPS = "PENSTOCK_GROUPS"
+"""Variable with the number of groups of ranks of an engine, which share this machine."""
+
 DISMISSED = signal.SIGUSR1
 """What the launcher sends the other ranks once one has failed: nobody interrupted them."""
 
@@ -49,6 +52,11 @@ def _follow(launcher: int) -> None:
     while os.getppid() == launcher:
         time.sleep(1)
     os._exit(1)
+
+
+def num_groups() -> int:
+    """How many groups of ranks, this one among them, an engine runs on this machine; 1 elsewhere."""
+    return int(os.environ.get(GROUPS, "1"))
 
 
 def tell(line: str) -> None:

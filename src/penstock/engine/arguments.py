@@ -21,7 +21,7 @@ from penstock.request import GenerationRequest
 
 _FIELDS = ("prompt", "negative_prompt", "width", "height", "num_inference_steps", "num_frames", "image")
 _OTHER_NAMES = {"num_frames": FRAME_ARGUMENTS}
-_NOT_SETTABLE = {
+NOT_SETTABLE = {
     "generator": "use --seed",
     "output_type": "penstock reads what the pipeline makes",
     "return_dict": "penstock reads the result by name",
@@ -56,15 +56,15 @@ def call_arguments(request: GenerationRequest, pipeline: Any, defaults: Mapping[
     given = _fields(request, pipeline, takes)
     hints = type_hints(type(pipeline))
     for argument, value in request.arguments.items():
-        if argument in _NOT_SETTABLE:
-            raise RequestError(f"{argument!r} cannot be set: {_NOT_SETTABLE[argument]}.")
+        if argument in NOT_SETTABLE:
+            raise RequestError(f"{argument!r} cannot be set: {NOT_SETTABLE[argument]}.", argument)
         if argument in given:
-            raise RequestError(f"{argument!r} is given twice, as an option and as an argument. Keep one.")
+            raise RequestError(f"{argument!r} is given twice, as an option and as an argument. Keep one.", argument)
         _check_name(argument, pipeline, takes)
         try:
-            given[argument] = read_value(value, _hint(argument, hints))
+            given[argument] = read_value(value, _hint(argument, hints), opens_files=request.opens_files)
         except MisfitError as error:
-            raise RequestError(f"{argument}={error} by {type(pipeline).__name__}.") from error
+            raise RequestError(f"{argument}={error} by {type(pipeline).__name__}.", argument) from error
     if "latents" in given and request.num_images > 1:
         raise RequestError(f"num_images={request.num_images} with latents would make equal pictures. Leave one out.")
     arguments = {**defaults, **given}
@@ -111,10 +111,18 @@ def _fields(request: GenerationRequest, pipeline: Any, takes: Mapping[str, objec
             given[name] = value
     if "image" in given:
         given["image"] = open_picture(given["image"])
+    for argument, paths in request.pictures.items():
+        _check_name(argument, pipeline, takes)
+        if argument in given:
+            raise RequestError(f"{argument!r} is given twice. Keep one.", argument)
+        pictures = [open_picture(path) for path in paths]
+        given[argument] = pictures[0] if len(pictures) == 1 else pictures
     if request.frame_rate is not None:
         kind = output_kind(type(pipeline))
         if kind != "video":
-            raise RequestError(f"--fps is for videos, and {type(pipeline).__name__} makes {kind}s. Leave it out.")
+            raise RequestError(
+                f"--fps is for videos, and {type(pipeline).__name__} makes {kind}s. Leave it out.", "fps"
+            )
         given.update({name: request.frame_rate for name in FRAME_RATE_ARGUMENTS if name in takes})
     return given
 
@@ -122,7 +130,7 @@ def _fields(request: GenerationRequest, pipeline: Any, takes: Mapping[str, objec
 def _check_name(argument: str, pipeline: Any, takes: Mapping[str, object]) -> None:
     if argument not in takes:
         name = type(pipeline).__name__
-        raise RequestError(f"{name} takes no {argument!r}{suggestion(argument, list(takes))}. {_list(takes)}")
+        raise RequestError(f"{name} takes no {argument!r}{suggestion(argument, list(takes))}. {_list(takes)}", argument)
 
 
 def _hint(argument: str, hints: Mapping[str, Any]) -> Any:
@@ -131,7 +139,7 @@ def _hint(argument: str, hints: Mapping[str, Any]) -> Any:
 
 
 def _list(takes: Mapping[str, object]) -> str:
-    names = [name for name in takes if name not in _NOT_SETTABLE]
+    names = [name for name in takes if name not in NOT_SETTABLE]
     more = f" and {len(names) - _SHOWN_ARGUMENTS} more" if len(names) > _SHOWN_ARGUMENTS else ""
     return f"It takes {', '.join(names[:_SHOWN_ARGUMENTS])}{more}."
 

@@ -65,20 +65,20 @@ def _check_required(pipeline: Any, arguments: Mapping[str, Any]) -> None:
     for argument, parameter in call_parameters(type(pipeline)).items():
         is_needed = argument == "image" and parameter.default is None and _NEEDS_IMAGE.search(name)
         if argument not in arguments and (parameter.default is _EMPTY or (is_needed and not has_picture)):
-            raise RequestError(f"{name} needs {argument!r}: give it.")
+            raise RequestError(f"{name} needs {argument!r}: give it.", argument)
 
 
 def _check_counts(arguments: Mapping[str, Any]) -> None:
     for argument in _COUNTS:
         value = arguments.get(argument)
         if value is not None and not is_whole(value, 1):
-            raise RequestError(f"{argument}={value!r} is not a whole number from 1 up. Give one.")
+            raise RequestError(f"{argument}={value!r} is not a whole number from 1 up. Give one.", argument)
 
 
 def _check_prompts(arguments: Mapping[str, Any]) -> None:
     for argument in ("prompt", "negative_prompt"):
         if isinstance(arguments.get(argument), (list, tuple)):
-            raise RequestError(f"{argument} is a list: a request makes one thing. Make one request for each.")
+            raise RequestError(f"{argument} is a list: a request makes one thing. Make one request for each.", argument)
 
 
 def _check_sizes(pipeline: Any, arguments: Mapping[str, Any]) -> None:
@@ -88,7 +88,8 @@ def _check_sizes(pipeline: Any, arguments: Mapping[str, Any]) -> None:
         if pixels is not None and pixels % multiple:
             raise RequestError(
                 f"{side}={pixels} is not a multiple of {multiple}, which the VAE and the patches of {name} need. "
-                f"Try {_around(pixels, multiple, 0)}."
+                f"Try {_around(pixels, multiple, 0)}.",
+                side,
             )
     multiple = frame_multiple(pipeline) if PACKS_FRAMES.match(name) else 1
     for argument in FRAME_ARGUMENTS:
@@ -96,7 +97,8 @@ def _check_sizes(pipeline: Any, arguments: Mapping[str, Any]) -> None:
         if frames is not None and (frames - 1) % multiple:
             raise RequestError(
                 f"{argument}={frames} is not one more than a multiple of {multiple}, the frames that the VAE of {name} "
-                f"packs into one. Try {_around(frames - 1, multiple, 1)}."
+                f"packs into one. Try {_around(frames - 1, multiple, 1)}.",
+                argument,
             )
 
 
@@ -125,7 +127,8 @@ def _check_guidance(pipeline: Any, arguments: Mapping[str, Any]) -> None:
     if not is_on:
         raise RequestError(
             f"negative_prompt has no effect in {type(pipeline).__name__} with {name}={values[name]}: guidance is off. "
-            f"Give a higher one, such as --set {name}=4, or leave the negative prompt out."
+            f"Give a higher one, such as --set {name}=4, or leave the negative prompt out.",
+            "negative_prompt",
         )
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -85,15 +85,15 @@ def _run(pipeline: Any, arguments: dict[str, Any], seed: int, item: int, on_step
     )
 
 
-def call(pipeline: Any, arguments: Mapping[str, Any], seed: int) -> Any:
-    """Call the stock pipeline once, in inference mode, with a CPU generator of this seed.
+def call(pipeline: Any, arguments: Mapping[str, Any], seed: int | Sequence[int]) -> Any:
+    """Call the stock pipeline once, in inference mode, with a CPU generator of this seed; one of each for a batch.
 
     Raises:
         GenerationError: for any failure inside the pipeline; its cause is chained.
     """
     extra: dict[str, Any] = {}
     if "generator" in call_parameters(type(pipeline)):
-        extra["generator"] = torch.Generator("cpu").manual_seed(seed)
+        extra["generator"] = _generator(seed) if isinstance(seed, int) else [_generator(one) for one in seed]
     try:
         with torch.inference_mode():
             return pipeline(**arguments, **extra)
@@ -109,3 +109,7 @@ def call(pipeline: Any, arguments: Mapping[str, Any], seed: int) -> Any:
             f"{type(pipeline).__name__} failed while it ran: {type(error).__name__}: "
             f"{reason[0] if reason else 'no message'}"
         ) from error
+
+
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator("cpu").manual_seed(seed)

@@ -62,10 +62,11 @@ class _Wishes:
 
 def most_ranks() -> int:
     """How many ranks this machine can be asked for: 4 per CPU that this process may use, 64 on small machines."""
-    return max(_ALWAYS_RANKS, _RANKS_PER_CPU * _num_cpus())
+    return max(_ALWAYS_RANKS, _RANKS_PER_CPU * num_cpus())
 
 
-def _num_cpus() -> int:
+def num_cpus() -> int:
+    """CPUs that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -114,7 +115,7 @@ def launch(command: Sequence[str], num_ranks: int, *, grace_s: float = _GRACE_S)
 def _variables(num_ranks: int, port: int) -> dict[str, str]:
     """The environment that all ranks share: what torchrun sets, and a fair part of the CPU for each."""
     return {
-        "OMP_NUM_THREADS": str(max(1, _num_cpus() // num_ranks)),
+        "OMP_NUM_THREADS": str(max(1, num_cpus() // num_ranks)),
         "TORCH_CPP_LOG_LEVEL": "ERROR",  # a peer that has gone is told of in words, not in stacks of addresses
         **os.environ,
         "WORLD_SIZE": str(num_ranks),

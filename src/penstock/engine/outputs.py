@@ -32,10 +32,19 @@ class Output:
 
 
 def read_output(pipeline: Any, output: Any) -> Output:
-    """Read the first picture, video or sound of what a pipeline returned.
+    """Read the only picture, video or sound of what a pipeline returned.
 
     Raises:
-        GenerationError: for an output that holds none of these.
+        GenerationError: for an output that holds none, or several: none is dropped in silence.
+    """
+    return read_outputs(pipeline, output, 1)[0]
+
+
+def read_outputs(pipeline: Any, output: Any, count: int) -> list[Output]:
+    """Read the pictures, videos or sounds of what a pipeline returned for a batch.
+
+    Raises:
+        GenerationError: for an output that holds none of these, or not as many.
     """
     images, frames = first_present(output, "images", "image"), first_present(output, "frames")
     sound = first_present(output, "audio", "audios")
@@ -45,28 +54,33 @@ def read_output(pipeline: Any, output: Any) -> Output:
             f"{type(pipeline).__name__} returned {type(output).__name__}, which holds no images, frames or audio. "
             "penstock runs pipelines that make pictures, videos or sound."
         )
-    return Output(
-        kind=kind,
-        images=_pictures(_only(pipeline, images if kind == "image" else frames)) if kind != "audio" else [],
-        audio=None if sound is None else np.atleast_2d(to_array(_only(pipeline, sound))).astype(np.float32),
-        sampling_rate_hz=None if sound is None else sampling_rate(pipeline),
-    )
+    pictures = _items(pipeline, images if kind == "image" else frames, count) if kind != "audio" else [[]] * count
+    sounds = [None] * count if sound is None else _items(pipeline, sound, count)
+    return [
+        Output(
+            kind=kind,
+            images=_pictures(picture),
+            audio=None if one is None else np.atleast_2d(to_array(one)).astype(np.float32),
+            sampling_rate_hz=None if one is None else sampling_rate(pipeline),
+        )
+        for picture, one in zip(pictures, sounds, strict=True)
+    ]
 
 
-def _only(pipeline: Any, batch: Any) -> Any:
-    """The one item of a batch.
+def _items(pipeline: Any, batch: Any, count: int) -> list[Any]:
+    """The items of a batch.
 
     Raises:
-        GenerationError: for several: none is dropped in silence.
+        GenerationError: for another number of them.
     """
-    if isinstance(batch, Image.Image):
-        return batch
-    if len(batch) != 1:
+    if isinstance(batch, Image.Image) and count == 1:
+        return [batch]
+    if len(batch) != count:
         raise GenerationError(
-            f"{type(pipeline).__name__} returned {len(batch)} results from one call; penstock reads one. "
-            "Leave out the arguments that ask for several."
+            f"{type(pipeline).__name__} returned {len(batch)} results from one call; penstock reads "
+            f"{'one' if count == 1 else count}. Leave out the arguments that ask for several."
         )
-    return batch[0]
+    return list(batch)
 
 
 def first_present(output: Any, *names: str) -> Any:

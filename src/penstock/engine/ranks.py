@@ -17,6 +17,7 @@ import torch
 from penstock.config import OffloadConfig, ParallelConfig
 from penstock.distributed.environment import RankEnvironment, read_environment, start
 from penstock.distributed.group import Group
+from penstock.distributed.launcher import num_groups
 from penstock.distributed.mesh import Mesh, alone, build_mesh, num_running, require_ranks, world_group
 from penstock.distributed.watch import current_watch
 from penstock.engine.placement import choose_device
@@ -137,10 +138,10 @@ def shared_machine(device: torch.device, mesh: Mesh) -> Machine:
     """
     machine = read_machine(str(device))
     world = mesh["world"]
-    if world.size == 1:
+    if world.size * num_groups() == 1:
         return machine
     environment = read_environment()
-    num_sharing = environment.local_world_size if environment else world.size
+    num_sharing = (environment.local_world_size if environment else world.size) * num_groups()
     on_device = num_sharing if device.type == "cpu" else 1
     own = torch.tensor(
         [

@@ -32,6 +32,7 @@ from penstock.models.words import word_of
 from penstock.undo import Undo
 
 _CALLBACKS = ("callback_on_step_end", "callback")
+_STOCK = "_penstock_stock"
 _OF_DIFFUSERS = (
     PipelineCallback,
     MultiPipelineCallbacks,
@@ -75,9 +76,15 @@ def apply_together(pipeline: Any, mesh: Mesh) -> Undo:
             return wait(result)
 
     names = {name: getattr(stock, name) for name in ("__module__", "__qualname__", "__doc__")}
+    names[_STOCK] = stock
     undo.add(lambda: setattr(pipeline, "__class__", stock))
     pipeline.__class__ = type(stock.__name__, (stock,), {**names, "__call__": call})
     return undo
+
+
+def stock_class(owner: type) -> type:
+    """The class that a pipeline had before ranks called it as one; the same where they do not."""
+    return getattr(owner, _STOCK, owner)
 
 
 def shares_weights(mesh: Mesh) -> bool:

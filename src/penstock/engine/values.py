@@ -40,8 +40,18 @@ def type_hints(pipeline_class: type) -> dict[str, Any]:
         return {}
 
 
-def read_value(value: Any, hint: Any) -> Any:
+def wants_picture(hint: Any) -> bool:
+    """Whether an annotation takes a picture, on its own or in a list."""
+    return hint is Image.Image or any(map(wants_picture, typing.get_args(hint)))
+
+
+def read_value(value: Any, hint: Any, *, opens_files: bool = True) -> Any:
     """The value that a text stands for, or the value itself where it is no text, checked against an annotation.
+
+    Args:
+        value: what was given.
+        hint: the annotation.
+        opens_files: whether `@FILE` stands for a picture.
 
     Raises:
         MisfitError: where nothing that the text could mean fits.
@@ -50,7 +60,9 @@ def read_value(value: Any, hint: Any) -> Any:
     adapter = _adapter(hint)
     if value is None or adapter is None:
         return value
-    for reading in _readings(value, adapter):
+    if not opens_files and wants_picture(hint):
+        raise MisfitError(f"a {type(value).__name__} does not fit: a picture is wanted")
+    for reading in _readings(value, adapter, opens_files):
         try:
             return reading()
         except ValidationError:
@@ -59,7 +71,7 @@ def read_value(value: Any, hint: Any) -> Any:
     raise MisfitError(f"{value!r} does not fit: {wanted} is wanted")
 
 
-def _readings(value: Any, adapter: TypeAdapter[Any]) -> Iterator[Callable[[], Any]]:
+def _readings(value: Any, adapter: TypeAdapter[Any], opens_files: bool) -> Iterator[Callable[[], Any]]:
     """What a value could mean, the likeliest first."""
     if not isinstance(value, str):
         yield lambda: adapter.validate_python(value, strict=True)
@@ -69,7 +81,7 @@ def _readings(value: Any, adapter: TypeAdapter[Any]) -> Iterator[Callable[[], An
         return
     yield lambda: adapter.validate_json(value, strict=True)
     yield lambda: adapter.validate_python(value, strict=True)
-    if value.startswith(FILE_MARK):
+    if opens_files and value.startswith(FILE_MARK):
         yield lambda: adapter.validate_python(open_picture(value.removeprefix(FILE_MARK)), strict=True)
 
 

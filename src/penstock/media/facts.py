@@ -9,16 +9,22 @@ from typing import Any
 import av
 from PIL import Image
 
+from penstock.media.pictures import EXIF_DESCRIPTION
+
 _PNG_KEY = "penstock"
 _FFMPEG_KEY = "comment"
 
 
 def read_facts(path: str | Path) -> dict[str, Any]:
-    """The facts inside a PNG, MP4 or WAV that `penstock.save` wrote; empty for a file from elsewhere."""
-    if Path(path).suffix.lower() == ".png":
+    """The facts inside a file that `penstock.save` wrote; empty for a file from elsewhere."""
+    suffix = Path(path).suffix.lower()
+    if suffix == ".png":
         with Image.open(path) as picture:
             picture.load()
             text = picture.info.get(_PNG_KEY, "{}")
+    elif suffix in (".jpg", ".jpeg", ".webp"):
+        with Image.open(path) as picture:
+            text = picture.getexif().get(EXIF_DESCRIPTION, "{}")
     else:
         with av.open(str(path)) as container:
             text = container.metadata.get(_FFMPEG_KEY, "{}")

@@ -7,32 +7,60 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from penstock.errors import OutputError
+from penstock.media.pictures import write_jpeg, write_webp
 from penstock.media.png import write_png
 from penstock.media.video import write_video
 from penstock.media.wav import write_wav
 from penstock.request import GenerationResult, OutputKind
 
-_WRITERS = {"image": write_png, "video": write_video, "audio": write_wav}
+_WRITERS: dict[OutputKind, dict[str, Callable[..., None]]] = {
+    "image": {".png": write_png, ".jpg": write_jpeg, ".jpeg": write_jpeg, ".webp": write_webp},
+    "video": {".mp4": write_video},
+    "audio": {".wav": write_wav},
+}
+_LOSSY = (write_jpeg, write_webp)
 
 _MAX_NAME_BYTES = 255  # of one file name, on every common file system
 
 SUFFIXES: dict[OutputKind, str] = {"image": ".png", "video": ".mp4", "audio": ".wav"}
-"""The file format of each kind of result."""
+"""The file format of each kind of result, where no other is asked for."""
+
+MEDIA_TYPES = {
+    ".png": "image/png",
+    ".jpg": "image/jpeg",
+    ".jpeg": "image/jpeg",
+    ".webp": "image/webp",
+    ".mp4": "video/mp4",
+    ".wav": "audio/wav",
+}
+"""What each suffix stands for."""
 
 
-def save(result: GenerationResult, path: str | Path, metadata: Mapping[str, Any] | None = None) -> Path:
-    """Write a result to a file: PNG for a picture, MP4 for a video, WAV for a sound.
+def suffixes(kind: OutputKind) -> tuple[str, ...]:
+    """The suffixes that a kind of result can be written with."""
+    return tuple(_WRITERS[kind])
+
+
+def save(
+    result: GenerationResult,
+    path: str | Path,
+    metadata: Mapping[str, Any] | None = None,
+    *,
+    quality: int | None = None,
+) -> Path:
+    """Write a result to a file: PNG, JPEG or WebP for a picture, MP4 for a video, WAV for a sound.
 
     Args:
         result: what to write.
         path: where to; its suffix must fit the result's kind. An existing file is replaced.
         metadata: written into the file beside the result's own seed and arguments; JSON-able.
+        quality: of JPEG and WebP, 0 to 100; 90 where left out. The other formats have none.
 
     Returns:
         The path.
@@ -47,8 +75,9 @@ def save(result: GenerationResult, path: str | Path, metadata: Mapping[str, Any]
     facts = {**(metadata or {}), "seed": result.seed, "arguments": dict(result.arguments)}
     if result.frame_rate is not None:
         facts["frame_rate"] = result.frame_rate
+    write = _WRITERS[result.kind][target.suffix.lower()]
     with whole_file(target.resolve()) as unfinished:  # a link keeps leading to its file
-        _WRITERS[result.kind](result, unfinished, facts)
+        write(result, unfinished, facts, **({"quality": quality} if write in _LOSSY else {}))
     return target
 
 
@@ -58,9 +87,10 @@ def check_target(path: Path, kind: OutputKind) -> None:
     Raises:
         OutputError: naming what is wrong with it.
     """
-    if path.suffix.lower() != SUFFIXES[kind]:
+    if path.suffix.lower() not in suffixes(kind):
         raise OutputError(
-            f"{path}: this pipeline makes {kind}s, written as {SUFFIXES[kind]}. Try {path.with_suffix(SUFFIXES[kind])}."
+            f"{path}: this pipeline makes {kind}s, written as {', '.join(suffixes(kind))}. Try "
+            f"{path.with_suffix(SUFFIXES[kind])}."
             if path.name
             else f"{str(path)!r} names no file. Give a path that ends in {SUFFIXES[kind]}."
         )

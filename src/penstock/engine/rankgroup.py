@@ -1,0 +1,227 @@
+"""A group of ranks that make pictures together: their processes, what they last said, how they are ended.
+
+Owns starting, watching and ending them; a group whose ranks died is started again, later after each failure. Does not
+know orders beyond their names, or the socket that ranks speak through.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from typing import IO, Literal
+
+import msgspec
+
+from penstock.config import LoadConfig, ParallelConfig
+from penstock.distributed.launcher import GROUPS, LAUNCHER, LISTENER
+from penstock.engine.launch import num_cpus
+
+State = Literal["starting", "idle", "busy", "restarting", "failed"]
+
+_FIRST_WAIT_S = 0.5
+_LONGEST_WAIT_S = 60.0
+_SHOWN_LINES = 20
+_LOOPBACK = "127.0.0.1"
+
+
+class WorkConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """What a rank is told when it is started, as JSON on its standard input.
+
+    Attributes:
+        address: of the engine's socket.
+        name: by which the engine knows this very process.
+        model: what to load.
+        load: how.
+        parallel: how the work of a group is split; no replicas.
+    """
+
+    address: str
+    name: str
+    model: str
+    load: LoadConfig
+    parallel: ParallelConfig
+
+
+@dataclass
+class Rank:
+    """One process of a group.
+
+    Attributes:
+        number: within the group.
+        name: on the wire; another one after each start.
+        process: that runs it.
+        said: what it prints.
+        heard_s: when it last said anything, on the monotonic clock.
+        is_ready: whether it has loaded the model.
+        is_working: whether it has been given work and has not ended it.
+        device_bytes: that its weights and activations hold on the device.
+        host_bytes: that its process holds.
+    """
+
+    number: int
+    name: str
+    process: subprocess.Popen[bytes]
+    said: IO[bytes]
+    heard_s: float
+    is_ready: bool = False
+    is_working: bool = False
+    device_bytes: int = 0
+    host_bytes: int = 0
+
+    def tail(self) -> str:
+        """The last lines that it printed."""
+        self.said.seek(0)
+        lines = self.said.read().decode(errors="replace").strip().splitlines()
+        return "\n".join(lines[-_SHOWN_LINES:])
+
+
+@dataclass
+class RankGroup:
+    """Ranks that make one picture together.
+
+    Args:
+        number: among the groups of an engine.
+        num_groups: of the engine; they share this machine.
+        work: what ranks are told; `name` is set for each.
+
+    Attributes:
+        state: starting; idle or busy once all ranks are ready; restarting while it waits to be started again; failed
+            for good.
+        ranks: those that were started.
+        num_restarts: how often it was started again.
+        message: why it does not run, or last failed.
+        due_s: when it is to be started again.
+        begun_s: when it was started last.
+        moved_s: when its work last went on.
+    """
+
+    number: int
+    num_groups: int
+    work: WorkConfig
+    state: State = "restarting"
+    ranks: list[Rank] = field(default_factory=list)
+    num_restarts: int = -1
+    message: str = ""
+    due_s: float = 0.0
+    begun_s: float = 0.0
+    moved_s: float = 0.0
+    _num_failures: int = 0
+    _opened: ExitStack = field(default_factory=ExitStack)
+
+    def start(self) -> None:
+        """Start all ranks; must be called from a thread that lives as long as they shall: they end with it.
+
+        Raises:
+            OSError: where not all could be started; none is left.
+        """
+        self.num_restarts += 1
+        self.begun_s = time.monotonic()
+        self.state = "starting"
+        with socket.create_server((_LOOPBACK, 0)) as listener:
+            shared = self._variables(listener.getsockname()[1])
+            try:
+                for number in range(self.work.parallel.world_size):
+                    self.ranks.append(self._start(number, shared, listener.fileno()))
+            except OSError:
+                self.kill()
+                raise
+
+    def _start(self, number: int, shared: dict[str, str], listener: int) -> Rank:
+        said = self._opened.enter_context(tempfile.TemporaryFile())  # noqa: SIM115 -- closed with the group
+        name = f"{self.number}.{self.num_restarts}.{number}"
+        is_first = number == 0
+        own = {"RANK": str(number), "LOCAL_RANK": str(number), **({LISTENER: str(listener)} if is_first else {})}
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "penstock.engine.worker"],
+            env={**shared, **own},
+            stdin=subprocess.PIPE,
+            stdout=said,
+            stderr=said,
+            pass_fds=(listener,) if is_first else (),
+            start_new_session=True,  # the terminal's Ctrl-C is for who started the engine
+        )
+        if process.stdin is not None:
+            with suppress(BrokenPipeError), process.stdin as told:  # it is dead already, which is noticed
+                told.write(msgspec.json.encode(msgspec.structs.replace(self.work, name=name)))
+        return Rank(number, name, process, said, time.monotonic())
+
+    def _variables(self, port: int) -> dict[str, str]:
+        """The environment that the ranks share: what torchrun sets, their own GPUs, and a fair part of the CPU."""
+        num_ranks = self.work.parallel.world_size
+        variables = {
+            "OMP_NUM_THREADS": str(max(1, num_cpus() // (num_ranks * self.num_groups))),
+            "TORCH_CPP_LOG_LEVEL": "ERROR",  # a peer that has gone is told of in words, not in stacks of addresses
+            **dict.fromkeys(("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"), "critical"),
+            **os.environ,
+            "WORLD_SIZE": str(num_ranks),
+            "LOCAL_WORLD_SIZE": str(num_ranks),
+            "MASTER_ADDR": _LOOPBACK,
+            "MASTER_PORT": str(port),
+            LAUNCHER: str(os.getpid()),
+            GROUPS: str(self.num_groups),
+        }
+        if self.num_groups > 1:
+            seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+            devices = seen.split(",") if seen else [str(index) for index in range(self.num_groups * num_ranks)]
+            variables["CUDA_VISIBLE_DEVICES"] = ",".join(
+                devices[self.number * num_ranks : (self.number + 1) * num_ranks]
+            )
+        return variables
+
+    def first_dead(self) -> Rank | None:
+        """A rank whose process has ended by itself."""
+        return next((rank for rank in self.ranks if rank.process.poll() is not None), None)
+
+    def first_silent(self, most_s: float) -> Rank | None:
+        """A rank that was ready and has said nothing for so long."""
+        now_s = time.monotonic()
+        return next((rank for rank in self.ranks if rank.is_ready and now_s - rank.heard_s > most_s), None)
+
+    def fall(self, message: str) -> None:
+        """End what is left after a failure, and say when it is to be started again."""
+        self.kill()
+        self.message = message
+        self.state = "restarting"
+        self.due_s = time.monotonic() + min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2**self._num_failures)
+        self._num_failures += 1
+
+    def fail(self, message: str) -> None:
+        """End for good."""
+        self.kill()
+        self.message = message
+        self.state = "failed"
+
+    def succeed(self) -> None:
+        """Forget earlier failures: it works."""
+        self._num_failures = 0
+
+    def kill(self) -> None:
+        """End all processes at once, and reap them."""
+        for rank in self.ranks:
+            if rank.process.poll() is None:
+                rank.process.kill()
+        for rank in self.ranks:
+            rank.process.wait()
+        self.ranks.clear()
+        self._opened.close()
+
+    def wait(self, deadline_s: float) -> None:
+        """Wait until all processes have ended, or that time on the monotonic clock has come."""
+        for rank in self.ranks:
+            with suppress(subprocess.TimeoutExpired):
+                rank.process.wait(max(0.0, deadline_s - time.monotonic()))
+
+
+def how_it_ended(rank: Rank) -> str:
+    """In words: the exit code or the signal of a process, and the last line that it printed."""
+    code = rank.process.returncode
+    how = f"signal {-code}, {signal.Signals(-code).name}" if code < 0 else f"exit {code}"
+    last = rank.tail().splitlines()[-1:]
+    return f"rank {rank.number} died ({how}){': ' + last[0] if last else ''}"

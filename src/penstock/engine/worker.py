@@ -1,0 +1,195 @@
+"""A rank of an engine: a process that loads the model, and then does what it is told until it is told to leave.
+
+    python -m penstock.engine.worker < config.json
+
+The main thread works; a thread beside it speaks with the engine, beats, and answers questions. Owns that process. Does
+not know how an order is carried out (`work`).
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import resource
+import sys
+import threading
+import time
+from queue import SimpleQueue
+
+import msgspec
+import torch
+import zmq
+
+from penstock.distributed.environment import read_environment, start, stop
+from penstock.distributed.launcher import obey
+from penstock.engine.arguments import call_arguments
+from penstock.engine.build import LoadEvent, Prepared, fill, prepare
+from penstock.engine.description import describe
+from penstock.engine.placement import choose_device
+from penstock.engine.rankgroup import WorkConfig
+from penstock.engine.work import Worker
+from penstock.errors import PenstockError, RequestError
+from penstock.wire import (
+    Beat,
+    Cancel,
+    Check,
+    Checked,
+    Close,
+    Failure,
+    FromRank,
+    Idle,
+    Loading,
+    Ready,
+    Refused,
+    Run,
+    encode,
+    read_to_rank,
+)
+
+_BEAT_MS = 500
+_INSIDE = "inproc://speaks"
+
+
+class Line:
+    """This rank's line to its engine: a thread of its own sends, beats and listens.
+
+    Args:
+        config: names the engine's socket and this rank.
+
+    Attributes:
+        inbox: what the main thread is to do next; None: leave.
+        cancelled: ids of orders that are to end.
+        prepared: the model, once questions about requests can be answered.
+    """
+
+    def __init__(self, config: WorkConfig) -> None:
+        self.inbox: SimpleQueue[Run | None] = SimpleQueue()
+        self.cancelled: set[str] = set()
+        self.prepared: Prepared | None = None
+        self.is_closed = False
+        self._context = zmq.Context()
+        self._context.setsockopt(zmq.LINGER, 1000)
+        self._inside = self._context.socket(zmq.PULL)
+        self._inside.bind(_INSIDE)
+        self._mouth = self._context.socket(zmq.PUSH)
+        self._mouth.connect(_INSIDE)
+        self._engine = self._context.socket(zmq.DEALER)
+        self._engine.identity = config.name.encode()
+        self._engine.connect(config.address)
+        self._thread = threading.Thread(target=self._run, name="penstock-line", daemon=True)
+        self._thread.start()
+
+    def say(self, message: FromRank) -> None:
+        """Send a message to the engine; from the main thread."""
+        self._mouth.send(encode(message))
+
+    def close(self) -> None:
+        """Send what is left, and end."""
+        self._mouth.send(b"")
+        self._thread.join()
+        self._mouth.close()
+        self._context.term()
+
+    def _run(self) -> None:
+        poller = zmq.Poller()
+        poller.register(self._inside, zmq.POLLIN)
+        poller.register(self._engine, zmq.POLLIN)
+        due_s = time.monotonic()
+        while True:
+            events = dict(poller.poll(max(0, int(1000 * (due_s - time.monotonic())))))
+            if self._inside in events:
+                data = self._inside.recv()
+                if not data:
+                    break
+                self._engine.send(data)
+            if self._engine in events:
+                self._hear(self._engine.recv())
+            if time.monotonic() >= due_s:
+                self._engine.send(encode(_beat()))
+                due_s = time.monotonic() + _BEAT_MS / 1000
+        self._inside.close()
+        self._engine.close()
+
+    def _hear(self, data: bytes) -> None:
+        message = read_to_rank(data)
+        if isinstance(message, Run):
+            self.inbox.put(message)
+        elif isinstance(message, Cancel):
+            self.cancelled.add(message.id)
+        elif isinstance(message, Check):
+            self._engine.send(encode(Checked(number=message.number, failure=self._check(message))))
+        elif isinstance(message, Close):
+            self.is_closed = True
+            self.inbox.put(None)
+
+    def _check(self, message: Check) -> Failure | None:
+        """Why the pipeline would not take a request; None where it would."""
+        if self.prepared is None:
+            return Failure(code="request_invalid", message="the model is not loaded yet. Ask again in some seconds.")
+        try:
+            call_arguments(message.request, self.prepared.skeleton.pipeline, self.prepared.notes.defaults)
+        except RequestError as error:
+            return Failure(code="request_invalid", message=str(error), param=error.param)
+        return None
+
+
+def _beat() -> Beat:
+    """What this process holds: on the device, of torch's allocator; on the host, as the kernel counts it."""
+    device_bytes = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
+    return Beat(device_bytes=device_bytes, host_bytes=_host_bytes())
+
+
+def _host_bytes() -> int:
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:  # not Linux: the most it ever held
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def main() -> None:
+    """Load what standard input names, and work until told to leave; exit code 1 where it cannot start."""
+    obey()
+    config = msgspec.json.decode(sys.stdin.buffer.read(), type=WorkConfig)
+    line = Line(config)
+    try:
+        work(line, config)
+    finally:
+        line.close()
+
+
+def work(line: Line, config: WorkConfig) -> None:
+    """Make ready, then run what comes."""
+    try:
+        worker = _made_ready(line, config)
+    except PenstockError as error:
+        line.say(Refused(kind=type(error).__name__, message=str(error)))
+        line.close()
+        sys.exit(1)
+    while (run := line.inbox.get()) is not None:
+        worker.run(run.orders)
+        line.cancelled.difference_update(order.id for order in run.orders)
+        line.say(Idle())
+    stop()
+
+
+def _made_ready(line: Line, config: WorkConfig) -> Worker:
+    """Join the other ranks, load the model, and tell the engine what it is."""
+
+    def tell(event: LoadEvent) -> None:
+        line.say(Loading(component=event.component, done_bytes=event.done_bytes, total_bytes=event.total_bytes))
+
+    environment = read_environment()
+    if environment is not None:
+        start(environment, choose_device(config.load))
+    prepared = prepare(config.model, config.load, config.parallel)
+    pipeline = fill(prepared, tell)
+    line.prepared = prepared
+    gc.freeze()  # what is loaded stays: collections need not look at it again
+    worker = Worker(pipeline, prepared, line)
+    line.say(Ready(pipeline=describe(prepared)))
+    return worker
+
+
+if __name__ == "__main__":
+    main()

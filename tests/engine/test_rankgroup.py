@@ -1,0 +1,133 @@
+"""The processes of a group: what they are told, and that they are gone when they should be."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any, ClassVar
+
+import pytest
+
+from penstock.config import LoadConfig, ParallelConfig
+from penstock.engine.rankgroup import RankGroup, WorkConfig, how_it_ended
+
+WORK = WorkConfig(
+    address="ipc:///nowhere", name="", model="demo", load=LoadConfig(), parallel=ParallelConfig(ulysses_degree=2)
+)
+
+
+LAST_WORDS = """
+import os, sys, time
+sys.stdin.read()
+if os.environ["RANK"] == "0":
+    time.sleep(100)
+print("no room")
+sys.exit(3)
+"""
+
+
+class Process(subprocess.Popen[bytes]):
+    """A script in place of a rank."""
+
+    script = "import time; time.sleep(100)"
+    started: ClassVar[list[tuple[list[str], dict[str, Any]]]] = []
+
+    def __init__(self, command: list[str], **options: Any) -> None:
+        self.started.append((command, options))
+        super().__init__([sys.executable, "-c", self.script], **options)
+
+
+@pytest.fixture
+def processes(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Process]]:
+    monkeypatch.setattr(subprocess, "Popen", Process)
+    Process.started = []
+    Process.script = "import time; time.sleep(100)"
+    yield Process
+
+
+def test_ranks_are_told_who_they_are(processes: type[Process], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+    group = RankGroup(1, 2, WORK)
+    group.start()
+    environments = [options["env"] for _, options in processes.started]
+    for rank, environment in enumerate(environments):
+        assert (environment["RANK"], environment["WORLD_SIZE"], environment["PENSTOCK_GROUPS"]) == (str(rank), "2", "2")
+        assert environment["CUDA_VISIBLE_DEVICES"] == "6,7"  # the second group's
+    assert "PENSTOCK_LISTENER" in environments[0] and "PENSTOCK_LISTENER" not in environments[1]
+    assert [rank.name for rank in group.ranks] == ["1.0.0", "1.0.1"] and group.state == "starting"
+    group.kill()
+
+
+def test_killed_ranks_are_gone(processes: type[Process]) -> None:
+    group = RankGroup(0, 1, WORK)
+    group.start()
+    started = [rank.process for rank in group.ranks]
+    group.fall("why")
+    assert all(process.returncode is not None for process in started) and group.ranks == []
+    assert group.state == "restarting" and group.message == "why"
+
+
+def test_each_failure_waits_longer_until_one_works(processes: type[Process]) -> None:
+    group = RankGroup(0, 1, WORK)
+    waits_s = []
+    for _ in range(9):
+        group.fall("why")
+        waits_s.append(group.due_s - time.monotonic())
+    assert all(later > earlier * 1.5 for earlier, later in pairwise(waits_s[:7]))
+    assert 50 < waits_s[8] <= 60
+    group.succeed()
+    group.fall("why")
+    assert group.due_s - time.monotonic() < 1
+
+
+def test_names_are_new_after_each_start(processes: type[Process]) -> None:
+    group = RankGroup(0, 1, WORK)
+    names = []
+    for _ in range(2):
+        group.start()
+        names += [rank.name for rank in group.ranks]
+        group.fall("")
+    assert len(set(names)) == 4 and group.num_restarts == 1
+
+
+def test_who_died_is_found_with_its_last_words(processes: type[Process]) -> None:
+    processes.script = LAST_WORDS
+    group = RankGroup(0, 1, WORK)
+    group.start()
+    deadline_s = time.monotonic() + 20
+    while (dead := group.first_dead()) is None:
+        assert time.monotonic() < deadline_s
+        time.sleep(0.01)
+    assert how_it_ended(dead) == "rank 1 died (exit 3): no room"
+    group.kill()
+
+
+def test_silence_counts_once_a_rank_is_ready(processes: type[Process]) -> None:
+    group = RankGroup(0, 1, WORK)
+    group.start()
+    group.ranks[1].heard_s -= 10
+    assert group.first_silent(5) is None
+    group.ranks[1].is_ready = True
+    silent = group.first_silent(5)
+    assert silent is not None and silent.number == 1 and group.first_silent(15) is None
+    group.kill()
+
+
+def test_a_start_that_fails_half_way_leaves_nothing(processes: type[Process], monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Process] = []
+
+    def second_fails(command: list[str], **options: Any) -> Process:
+        if made:
+            raise OSError(11, os.strerror(11))
+        made.append(Process(command, **options))
+        return made[0]
+
+    monkeypatch.setattr(subprocess, "Popen", second_fails)
+    group = RankGroup(0, 1, WORK)
+    with pytest.raises(OSError, match="Resource temporarily unavailable"):
+        group.start()
+    assert made[0].returncode is not None and group.ranks == []
