@@ -65,3 +65,14 @@ def test_stages_make_the_same_picture(zoo_folder: Callable[[str], Path]) -> None
     told = json.loads(done.stdout)
     assert told["passed"] is True and told["configuration"]["split"] == "pipeline(2)"
     assert not all(difference["is_equal"] for difference in told["control"])
+
+
+def test_tiles_on_two_ranks_are_compared_with_tiles_on_one() -> None:
+    arguments = ("demo", "x", "--size", "96x80", "--steps", "2", "--device", "cpu", "--vae-patch-parallel-size", "2")
+    command = [sys.executable, "-m", "penstock", "verify", *arguments, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=400)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["configuration"]["split"].endswith("tiles over 2 ranks")
+    assert all(difference["is_equal"] for difference in told["differences"])  # as one rank's whole decode is not
+    assert not all(difference["is_equal"] for difference in told["control"])

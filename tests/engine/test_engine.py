@@ -191,6 +191,24 @@ def test_what_cannot_start_is_told_as_it_is() -> None:
         Engine("demo", parallel=ParallelConfig(data_parallel_size=10_000))
 
 
+def test_memory_stays_flat(tmp_path: Path) -> None:
+    engine = running()
+
+    def run(count: int) -> int:
+        for number in range(count):
+            for event in engine.events(order(tmp_path, of_order={"num_partials": number % 2})):
+                if number % 5 == 4 and isinstance(event, Step):
+                    engine.cancel("one")
+            with pytest.raises(RequestError):
+                engine.generate(GenerationRequest(prompt=PROMPT, width=63))
+        begun_s = time.monotonic()
+        wait_until(lambda: time.monotonic() - begun_s > 0.7)  # a beat tells
+        return engine.status().groups[0].ranks[0].host_bytes
+
+    before = run(10)
+    assert run(20) - before < 8 * 2**20
+
+
 def test_closed_engines_take_nothing() -> None:
     engine = Engine("demo")
     with pytest.raises(NotReadyError, match="never started"):
