@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future, wait
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from penstock.errors import GenerationError, WeightsError
+from penstock.offload import gather
 from penstock.offload.gather import GatherTransfer
 from penstock.timeline import Timeline
 from penstock.waits import current_wait
@@ -176,18 +178,25 @@ def test_whole_units_are_read_as_ever() -> None:
     transfer.close()
 
 
-class Noticed:
-    """Work that tells when it is waited for."""
+class Noticed(Future[None]):
+    """Work that tells when it is waited for; by whatever means, it asks whether it is done."""
 
-    def __init__(self, work: Any, tell: Callable[[], None]) -> None:
-        self.work, self.tell = work, tell
+    def __init__(self, work: Future[None], tell: Callable[[], None]) -> None:
+        super().__init__()
+        self.tell = tell
+        work.add_done_callback(lambda _: self.set_result(None))
 
-    def result(self) -> Any:
+    def result(self, timeout: float | None = None) -> None:
         self.tell()
-        return self.work.result()
+        super().result(timeout)
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        self.tell()
+        return super().exception(timeout)
 
 
-def test_who_waits_for_a_gathering_is_seen_to_wait() -> None:
+@pytest.mark.parametrize("how", ["wait", "cancel", "close"])
+def test_who_waits_for_a_gathering_is_seen_to_wait(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """By whoever watches over ranks, though it is another thread that exchanges."""
 
     def run(rank: int, transfer: GatherTransfer, arena: Arena, sharers: Any) -> list[bool]:
@@ -198,8 +207,18 @@ def test_who_waits_for_a_gathering_is_seen_to_wait() -> None:
 
         ticket = transfer.submit("unit", ShardSource(Scripted([part_of(3, rank)]), sharers, SIZE), 0)
         look()
-        transfer.wait(replace(ticket, work=Noticed(ticket.work, look)))
+        if how == "close":
+            transfer.close()
+        else:
+            getattr(transfer, how)(replace(ticket, work=Noticed(ticket.work, look)))
         look()
         return seen
 
-    assert together(2, run) == [[False, True, False]] * 2
+    def wait_noted(futures: Any) -> None:
+        seen_at_close.append(current_wait(threading.get_ident()) is not None)
+        wait(futures)
+
+    seen_at_close: list[bool] = []
+    monkeypatch.setattr(gather, "wait", wait_noted)
+    assert together(2, run) == [[False, True, False] if how != "close" else [False, False]] * 2
+    assert all(seen_at_close) and len(seen_at_close) >= 2

@@ -97,7 +97,8 @@ class GatherTransfer:
     def cancel(self, ticket: Ticket) -> None:
         """Let what was asked for come: the other ranks count on it."""
         if ticket.is_shared:
-            ticket.work.exception()
+            with noted():
+                ticket.work.exception()
         else:
             self._own.cancel(ticket)
 
@@ -120,7 +121,8 @@ class GatherTransfer:
 
     def close(self) -> None:
         """Let what was asked for come, which the other ranks count on; then end the threads that nobody uses."""
-        wait(self._under_way)
+        with noted():
+            wait(self._under_way)
         while self._groups:
             _left(self._groups.pop(), self)
         self._own.close()
