@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from dataclasses import replace
 from typing import Any
+from weakref import ref
 
 import pytest
 import torch
@@ -159,6 +162,25 @@ def test_transfers_of_one_group_share_its_thread_and_the_last_ends_it() -> None:
     assert len(threads()) == 1
     transfers[1].close()
     assert not threads()
+
+
+@pytest.mark.parametrize("num_closed", [0, 1])
+def test_a_transfer_that_is_only_forgotten_keeps_neither_its_memory_nor_the_thread(num_closed: int) -> None:
+    alone = Meeting(1).rank(0)
+    transfers = [GatherTransfer(Arena(4 * SIZE, CPU)) for _ in range(2)]
+    for transfer in transfers:
+        transfer.wait(transfer.submit("unit", ShardSource(Scripted([part_of(1, 0)]), alone, SIZE), 0))
+    kept, memory = ref(transfers[1]), ref(transfers[1]._view)
+    del transfer
+    for _ in range(num_closed):
+        transfers.pop(0).close()
+    transfers.clear()
+    alone.meeting.parts.clear()
+    deadline_s = time.monotonic() + 5
+    while (threads() or memory() is not None) and time.monotonic() < deadline_s:  # the thread lets go a moment later
+        gc.collect()
+        time.sleep(0.01)
+    assert kept() is None and memory() is None and not threads()
 
 
 def threads() -> list[str]:

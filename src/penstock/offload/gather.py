@@ -11,6 +11,7 @@ import time
 import zlib
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
+from weakref import WeakSet, WeakValueDictionary
 
 import torch
 
@@ -24,17 +25,20 @@ from penstock.weights.shards import ShardSource, Sharers
 from penstock.weights.sources import Source
 
 _LANE = "gathering"
-_THREADS: dict[Sharers, _Thread] = {}  # by group, while anybody uses it
+_THREADS: WeakValueDictionary[Sharers, _Thread] = WeakValueDictionary()  # by group, while a transfer holds it
 _STAMP_BYTES = 8
 """At a unit's begin, where no weight lies: the first rank writes there which unit it gathers."""
 
 
 class _Thread:
-    """The thread of one group of ranks, and the transfers that use it."""
+    """The thread of one group of ranks, and the transfers that use it.
+
+    It ends with the last of them, closed or only forgotten: its pool's thread lives no longer than the pool.
+    """
 
     def __init__(self) -> None:
         self.pool = ThreadPoolExecutor(1, thread_name_prefix="penstock-gather")
-        self.users: set[GatherTransfer] = set()
+        self.users: WeakSet[GatherTransfer] = WeakSet()
 
 
 class GatherTransfer:
@@ -56,7 +60,7 @@ class GatherTransfer:
             self._memory = torch.frombuffer(arena.host.view, dtype=torch.uint8)  # torch counts its writes apart
         self._timeline = timeline
         self._under_way: list[Future[None]] = []
-        self._groups: set[Sharers] = set()
+        self._threads: dict[Sharers, _Thread] = {}
         self._names: dict[int, str] = {}  # by what rank 0 stamps units with
         self._num_shared = 0
         self._received_bytes = 0
@@ -123,16 +127,20 @@ class GatherTransfer:
         """Let what was asked for come, which the other ranks count on; then end the threads that nobody uses."""
         with noted():
             wait(self._under_way)
-        while self._groups:
-            _left(self._groups.pop(), self)
+        while self._threads:
+            sharers, thread = self._threads.popitem()
+            thread.users.discard(self)
+            if not thread.users:
+                _THREADS.pop(sharers, None)
+                thread.pool.shutdown(wait=True)
         self._own.close()
 
     def _thread_of(self, sharers: Sharers) -> ThreadPoolExecutor:
         """The thread that gathers for a group."""
-        thread = _THREADS.setdefault(sharers, _Thread())
-        thread.users.add(self)
-        self._groups.add(sharers)
-        return thread.pool
+        if sharers not in self._threads:
+            self._threads[sharers] = _THREADS.setdefault(sharers, _Thread())
+            self._threads[sharers].users.add(self)
+        return self._threads[sharers].pool
 
     def _gather(self, number: int, source: ShardSource, begin: int, reading: Ticket | None) -> None:
         """Runs on the gathering thread."""
@@ -154,14 +162,6 @@ class GatherTransfer:
         self._gather_s += ended_s - begun_s
         if self._timeline is not None:
             self._timeline.add("fill", self._names[number], begun_s, ended_s, lane=_LANE, num_bytes=source.num_bytes)
-
-
-def _left(sharers: Sharers, user: GatherTransfer) -> None:
-    thread = _THREADS[sharers]
-    thread.users.discard(user)
-    if not thread.users:
-        del _THREADS[sharers]
-        thread.pool.shutdown(wait=True)
 
 
 def _stored(source: ShardSource) -> torch.Tensor:
