@@ -114,3 +114,25 @@ def test_an_open_number_of_shards_takes_all_ranks() -> None:
     told = ParallelConfig(use_hsdp=True, hsdp_shard_size=2, vae_patch_parallel_size=2).description()
     assert told == "copies(2), tiles over 2 ranks, weights over 2 ranks"
     assert ParallelConfig().description() == ""
+
+
+@pytest.mark.parametrize(
+    ("degrees", "split"),
+    [
+        ({}, ""),
+        ({"data_parallel_size": 2}, r" with data\(2\)"),
+        ({"tensor_parallel_size": 2}, r" with tensor\(2\)"),
+        ({"pipeline_parallel_size": 2}, r" with pipeline\(2\)"),
+        ({"hsdp_replicate_size": 2}, r" with hsdp_replicate\(2\)"),
+        ({"hsdp_replicate_size": 2, "ulysses_degree": 2}, r" with hsdp_replicate\(2\)"),
+    ],
+    ids=str,
+)
+def test_weights_that_would_be_sharded_over_one_rank_are_refused(degrees: dict[str, int], split: str) -> None:
+    parallel = ParallelConfig(use_hsdp=True, **degrees)
+    for num_ranks in {1, 2 if split else 1}:
+        with pytest.raises(ConfigError, match=f"use_hsdp{split} on {num_ranks} ranks?: each rank has nobody to share"):
+            parallel.for_ranks(num_ranks)
+    assert parallel.for_ranks(4).shard_size == (2 if split else 4)
+    with pytest.raises(ConfigError, match="each rank has nobody to share"):
+        ParallelConfig(use_hsdp=True, hsdp_shard_size=1, **degrees)

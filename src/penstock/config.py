@@ -143,7 +143,8 @@ class ParallelConfig:
     """How the work is split over ranks; 1 is off. With `use_hsdp`, how the weights are sharded over them.
 
     Raises:
-        ConfigError: for a size below 1, and for ranks of the VAE or of shards that do not fit the denoiser's.
+        ConfigError: for a size below 1, for ranks of the VAE or of shards that do not fit the denoiser's, and for
+            weights that are to be sharded over one rank.
     """
 
     data_parallel_size: int = option(1, "Groups of ranks that each make pictures of their own.", "N")
@@ -184,6 +185,8 @@ class ParallelConfig:
                     "Give --use-hsdp, or leave them out."
                 )
             return
+        if shards == 1:
+            self._refuse_alone(self.num_holders)
         holders = self.num_holders
         if self.shard_size * replicas == holders or (shards == ALL_RANKS and holders == 1):
             return  # or it is left open until the ranks are known
@@ -197,11 +200,38 @@ class ParallelConfig:
             f"ulysses({self.ulysses_degree}) = {holders}, the ranks that hold the same weights. Try {advice}."
         )
 
+    def _refuse_alone(self, num_ranks: int) -> None:
+        """Refuse to shard weights over one rank each: it would hold the whole of them.
+
+        Raises:
+            ConfigError: with what multiplies to all ranks, and what to do instead.
+        """
+        sizes = {
+            "data": self.data_parallel_size,
+            "pipeline": self.pipeline_parallel_size,
+            "tensor": self.tensor_parallel_size,
+            "hsdp_replicate": self.hsdp_replicate_size,
+        }
+        split = " * ".join(f"{name}({size})" for name, size in sizes.items() if size > 1)
+        ranks = f"{num_ranks} rank{'s' if num_ranks > 1 else ''}"
+        raise ConfigError(
+            f"use_hsdp{' with ' + split if split else ''} on {ranks}: each rank has nobody to share its weights with. "
+            "Start more (--hsdp-shard-size 2, or torchrun), or let the weights stream: --offload layerwise."
+        )
+
     def for_ranks(self, world_size: int) -> Self:
-        """The same with its shards spread over all of so many ranks, where the size of a shard group is left open."""
+        """The same with its shards spread over all of so many ranks, where the size of a shard group is left open.
+
+        Raises:
+            ConfigError: where that is one rank.
+        """
         others = self.data_parallel_size * self.pipeline_parallel_size * self.tensor_parallel_size
         others *= self.hsdp_replicate_size
-        if not self.use_hsdp or self.hsdp_shard_size != ALL_RANKS or world_size % others:
+        if not self.use_hsdp or self.hsdp_shard_size != ALL_RANKS:
+            return self
+        if world_size <= others:
+            self._refuse_alone(world_size)
+        if world_size % others:
             return self
         return replace(self, hsdp_shard_size=world_size // others)
 

@@ -64,6 +64,14 @@ def test_a_rank_without_its_device_is_nobodys_wait() -> None:
     assert "device='cuda' is not on this machine" in second
 
 
+@pytest.mark.parametrize("degrees", [{"data_parallel_size": 2}, {"hsdp_replicate_size": 2}], ids=str)
+def test_ranks_with_nobody_to_share_weights_with_hear_of_it(degrees: dict[str, int]) -> None:
+    for said in run_ranks(2, ask, [({"use_hsdp": True, **degrees}, "cpu")] * 2):
+        assert "on 2 ranks: each rank has nobody to share its weights with" in said
+    with pytest.raises(ConfigError, match="on 1 rank: each rank has nobody to share its weights with"):
+        join_ranks(CPU, ParallelConfig(use_hsdp=True, **degrees))
+
+
 def memory() -> tuple[int, int, str]:
     mesh = build_mesh(ParallelConfig(ulysses_degree=4), "cpu")
     machine = shared_machine(torch.device("cpu"), mesh)

@@ -46,7 +46,7 @@ def join_ranks(config: OffloadConfig, parallel: ParallelConfig | None, model: st
     check_sharing(config, parallel)
     environment = read_environment() if parallel else None
     if parallel is not None:
-        parallel = _for_running(parallel, environment)
+        parallel = parallel.for_ranks(environment.world_size if environment else num_running())
     if parallel is None or (environment is None and parallel.world_size == 1):
         return choose_device(config), alone()
     require_ranks(parallel, environment.world_size if environment else num_running())
@@ -112,21 +112,6 @@ def _strangers(world: Group, ranks: tuple[int, ...], words: str) -> list[int]:
     digest = torch.frombuffer(bytearray(hashlib.blake2b(words.encode(), digest_size=8).digest()), dtype=torch.int64)
     digests = [int(item) for item in world.all_gather(digest)]
     return [rank for rank in ranks if digests[rank] != digests[ranks[0]]]
-
-
-def _for_running(parallel: ParallelConfig, environment: RankEnvironment | None) -> ParallelConfig:
-    """The degrees for the ranks that there are, where a size was left open.
-
-    Raises:
-        ConfigError: for weights that are to be sharded over one rank.
-    """
-    parallel = parallel.for_ranks(environment.world_size if environment else num_running())
-    if parallel.use_hsdp and parallel.world_size == 1:
-        raise ConfigError(
-            "use_hsdp: 1 rank has nobody to share weights with. Start more (--hsdp-shard-size 2, or torchrun), or let "
-            "the weights stream: --offload layerwise."
-        )
-    return parallel
 
 
 def shared_machine(device: torch.device, mesh: Mesh) -> Machine:
