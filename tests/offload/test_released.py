@@ -82,3 +82,21 @@ def test_its_state_is_nobodys_alone() -> None:
     with streamed(pipeline, sharers=Alone()), pytest.raises(UsageError, match=r"sharded over ranks.*call remove"):
         pipeline.transformer.state_dict()
     assert pipeline.transformer.state_dict()["entry.weight"].numel()
+
+
+@pytest.mark.parametrize("is_made_so", [True, False])
+@pytest.mark.parametrize("is_placed_so", [True, False])
+def test_what_was_made_or_placed_in_inference_mode_is_afterwards_what_it_was(
+    is_made_so: bool, is_placed_so: bool
+) -> None:
+    with torch.inference_mode(is_made_so):
+        pipeline = Pipeline()
+    wanted = Pipeline()()
+    with torch.inference_mode(is_placed_so), streamed(pipeline, sharers=Alone()):
+        assert torch.equal(pipeline(), wanted)
+    for weight in pipeline.transformer.parameters():
+        assert weight.is_inference() == weight.data.is_inference() == is_made_so
+    assert torch.equal(pipeline(), wanted)
+    with torch.inference_mode(is_made_so), torch.no_grad():
+        pipeline.transformer.head.weight.mul_(0)
+    assert not torch.equal(pipeline(), wanted)

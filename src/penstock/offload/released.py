@@ -49,7 +49,8 @@ def let_go(residency: Residency, undo: Undo, proof: Proof | None = None) -> None
             if isinstance(piece.range, HostRange):
                 pieces[number] = replace(piece, range=Unread(piece.range.num_bytes))
         for weight in weights:
-            weight.original.data = torch.empty(0, dtype=weight.original.dtype)
+            with torch.inference_mode(weight.original.is_inference()):
+                weight.original.data = torch.empty(0, dtype=weight.original.dtype)
 
 
 def _bring_all_back(residency: Residency, gone: list[tuple[Tenant, list[Weight]]]) -> None:
@@ -65,15 +66,16 @@ def _is_in_memory(unit: Unit, weight: Weight) -> bool:
 def _bring_back(residency: Residency, tenant: Tenant, weights: list[Weight]) -> None:
     """Give a unit's weights memory of their own again; those that shared some do so again."""
     residency.ready(tenant)
-    copies: dict[int, torch.Tensor] = {}
+    copies: dict[tuple[int, bool], torch.Tensor] = {}
     lives = dict(zip(map(id, tenant.unit.weights), tenant.live, strict=True))
     for weight in weights:
         piece, position = tenant.unit.pieces[weight.piece], tenant.layout.positions[weight.piece]
-        if weight.piece not in copies:
-            begin = tenant.plan.begin + position
-            with torch.inference_mode(False):
-                copies[weight.piece] = residency.arena.tensor[begin : begin + piece.num_bytes].cpu().clone()
-        live = lives[id(weight)]
-        flat = copies[weight.piece].view(live.dtype)
-        offset = weight.offset // live.itemsize
-        weight.original.data = flat.as_strided(live.shape, live.stride(), offset)
+        is_inference = weight.original.is_inference()  # torch refuses memory of the other kind
+        with torch.inference_mode(is_inference):
+            if (weight.piece, is_inference) not in copies:
+                begin = tenant.plan.begin + position
+                memory = residency.arena.tensor[begin : begin + piece.num_bytes]
+                copies[weight.piece, is_inference] = memory.cpu().clone()
+            live = lives[id(weight)]
+            flat = copies[weight.piece, is_inference].view(live.dtype)
+            weight.original.data = flat.as_strided(live.shape, live.stride(), weight.offset // live.itemsize)
