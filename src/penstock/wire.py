@@ -229,7 +229,12 @@ class Refused(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Beat(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """A rank lives; sent twice a second by a thread of its own."""
+    """A rank lives; sent twice a second by a thread of its own.
+
+    Attributes:
+        device_bytes: on a GPU all that torch has allocated; on the CPU the weights that are there at most.
+        host_bytes: all that its process holds of the host's memory.
+    """
 
     device_bytes: int = 0
     host_bytes: int = 0

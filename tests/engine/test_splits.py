@@ -199,3 +199,47 @@ def refused(degrees: dict[str, Any]) -> float:
 )
 def test_what_is_refused_or_removed_leaves_the_pipeline_as_it_was(degrees: dict[str, Any]) -> None:
     assert run_ranks(2, refused, degrees, timeout_s=60) == [0.0, 0.0]
+
+
+class Alternating:
+    """Encodes anew before each of the two calls of a step, which leave room for one component at a time."""
+
+    def __init__(self) -> None:
+        pipeline = zoo.build("wan21")
+        self.transformer, self.text_encoder = pipeline.transformer, pipeline.text_encoder
+        self.tokenizer, self.scheduler = pipeline.tokenizer, pipeline.scheduler
+
+    @torch.inference_mode()
+    def __call__(self) -> list[torch.Tensor]:
+        """Make two steps."""
+        sample = torch.randn(
+            1, self.transformer.config.in_channels, 1, 4, 6, generator=torch.Generator().manual_seed(0)
+        )
+        self.scheduler.set_timesteps(2)
+        for t in self.scheduler.timesteps:
+            outputs = []
+            for tokens in ([1, 2, 3, 4], [5, 6, 7, 8]):
+                states = self.text_encoder(torch.tensor([tokens]))[0]
+                outputs.append(self.transformer(sample, t[None], states, return_dict=False)[0])
+            guided = outputs[0] + 3 * (outputs[0] - outputs[1])
+            sample = self.scheduler.step(guided, t, sample, return_dict=False)[0]
+        return [sample]
+
+
+def alternate(options: dict[str, Any]) -> float:
+    """On every rank: how far two branches on two ranks that share weights are from one rank's, encoders in between."""
+    pipeline = Alternating()
+    plain = pipeline()
+    parallel = ParallelConfig(use_hsdp=True, cfg_parallel_size=2)
+    with penstock.apply(pipeline, device="cpu", parallel=parallel, **options):
+        found = pipeline()
+    assert not any(module._forward_pre_hooks for module in pipeline.text_encoder.modules())
+    return difference(found, plain)
+
+
+@pytest.mark.parametrize(
+    "options", [{"offload": "layerwise", "max_weight_memory": "least"}, {"offload": "sequential"}], ids=str
+)
+def test_what_runs_between_the_calls_of_a_step_gathers_at_the_same_place(options: dict[str, Any]) -> None:
+    for far in run_ranks(2, alternate, options, timeout_s=20):
+        assert far < TOLERANCE

@@ -74,6 +74,7 @@ def test_it_loads_answers_beats_and_leaves(post: Post) -> None:
     begun_s = time.monotonic()
     beats = [hear(post, Beat)[-1] for _ in range(3)]
     assert time.monotonic() - begun_s < 5 and beats[0].host_bytes > 100 * 2**20
+    assert beats[-1].device_bytes == 14_440_700  # demo's weights in float32
     post.send(NAME, Close())
     assert end(process) == (0, "")
 

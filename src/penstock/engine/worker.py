@@ -105,7 +105,7 @@ class Line:
             if self._engine in events:
                 self._hear(self._engine.recv())
             if time.monotonic() >= due_s:
-                self._engine.send(encode(_beat()))
+                self._engine.send(encode(self._beat()))
                 due_s = time.monotonic() + _BEAT_MS / 1000
         self._inside.close()
         self._engine.close()
@@ -132,11 +132,15 @@ class Line:
             return Failure(code="request_invalid", message=str(error), param=error.param)
         return None
 
-
-def _beat() -> Beat:
-    """What this process holds: on the device, of torch's allocator; on the host, as the kernel counts it."""
-    device_bytes = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
-    return Beat(device_bytes=device_bytes, host_bytes=_host_bytes())
+    def _beat(self) -> Beat:
+        """What this process holds: on a GPU what torch has allocated, on the CPU the weights; on the host all of it."""
+        if self.prepared is None:
+            device_bytes = 0
+        elif self.prepared.device.type == "cuda":
+            device_bytes = torch.cuda.memory_allocated(self.prepared.device)
+        else:
+            device_bytes = self.prepared.plan.promised_bytes
+        return Beat(device_bytes=device_bytes, host_bytes=_host_bytes())
 
 
 def _host_bytes() -> int:
