@@ -49,9 +49,13 @@ def test_positions_are_the_order_of_taking() -> None:
 def test_a_full_queue_says_when_to_come_back() -> None:
     queue = waiting("a.1", "a.2", max_size=2)
     queue.learn(3.2)
+    with pytest.raises(QueueFullError):
+        queue.require_room()
     with pytest.raises(QueueFullError, match=r"2 requests wait already, and at most max_queue\(2\)") as caught:
         queue.put(Order(id="b.1", request=GenerationRequest(), folder=""))
     assert caught.value.retry_after_s == 4 and len(queue) == 2
+    queue.take()
+    queue.require_room()
 
 
 def test_batches_take_what_goes_with_the_first() -> None:

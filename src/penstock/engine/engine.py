@@ -133,6 +133,15 @@ class Engine:
         """
         self._fleet.submit(order, listener)
 
+    def require_room(self) -> None:
+        """Refuse what `submit` would refuse now, before anything is prepared for it.
+
+        Raises:
+            QueueFullError: with the seconds after which to ask again.
+            NotReadyError: where no group has ever been ready, or the engine is closed.
+        """
+        self._fleet.require_room()
+
     def cancel(self, order_id: str) -> None:
         """End an order, wherever it stands; its `Ended` follows once all its ranks have let go. Unknown: nothing."""
         self._fleet.cancel(order_id)

@@ -107,6 +107,12 @@ class Fleet:
             self._tasks.put(order, listener)
         self._post.wake()
 
+    def require_room(self) -> None:
+        """See `Engine.require_room`."""
+        with self._lock:
+            self._require_open()
+            self._tasks.require_room()
+
     def cancel(self, order_id: str) -> None:
         """See `Engine.cancel`."""
         self._cancelled.append(order_id)

@@ -38,6 +38,15 @@ class Queue:
         """Let an order wait.
 
         Raises:
+            QueueFullError: see `require_room`.
+        """
+        self.require_room()
+        self._lines.setdefault(order.client, deque()).append(order)
+
+    def require_room(self) -> None:
+        """Refuse where no order could wait.
+
+        Raises:
             QueueFullError: with the seconds until there may be room.
         """
         if len(self) >= self.max_size:
@@ -47,7 +56,6 @@ class Queue:
                 f"{retry_s} s, or start the server with a larger --max-queue.",
                 retry_s,
             )
-        self._lines.setdefault(order.client, deque()).append(order)
 
     def take(
         self, most: int = 1, goes_with: Callable[[Order, Order], bool] = lambda first, other: False

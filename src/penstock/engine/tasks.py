@@ -81,6 +81,10 @@ class Tasks:
         self._queue.put(order)
         self._tasks[order.id] = _Task(order, listener, time.monotonic())
 
+    def require_room(self) -> None:
+        """See `Queue.require_room`."""
+        self._queue.require_room()
+
     def position(self, order_id: str) -> tuple[int, float] | None:
         """See `Queue.position`."""
         return self._queue.position(order_id)
