@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from penstock.config import ParallelConfig
 from penstock.distributed import parallel_state
 from penstock.distributed.guidance.calls import apply_guidance
+from penstock.distributed.guidance.rounds import Rounds, rounds_of
 from penstock.distributed.mesh import Mesh
 from penstock.distributed.sequence.knowledge import apply_sequences, check_sequences
 from penstock.distributed.stages import apply_stages, check_stages
@@ -26,6 +27,7 @@ from penstock.engine.together import apply_agreement, apply_together, shares_wei
 from penstock.errors import ConfigError
 from penstock.models.components import discover
 from penstock.models.rows.table import row_of
+from penstock.offload.stage import entries
 from penstock.profile import Role
 from penstock.undo import Undo
 from penstock.weights.maps import MappedFiles
@@ -129,10 +131,30 @@ def split_work(pipeline: Any, mesh: Mesh) -> Undo:
             undo.add(apply_guidance(denoiser, mesh["cfg"], lockstep=shares_weights(mesh)).run)
             if any(mesh[axis].size > 1 for axis in ("sequence", "tensor", "pipeline", "shard")):
                 undo.add(apply_agreement(denoiser, mesh).run)
+        if shares_weights(mesh):
+            undo.add(_close_rounds(pipeline, rounds_of(mesh["cfg"])).run)
         if mesh["vae"].size > 1:
             for vae in _tiled_vaes(pipeline, mesh["vae"].size):
                 undo.add(apply_tiles(vae, mesh["vae"]).run)
         undo.add(apply_together(pipeline, mesh).run)
+    return undo
+
+
+def _close_rounds(pipeline: Any, rounds: Rounds) -> Undo:
+    """Have the open round closed before a component runs that is no denoiser, and gathers what only it needs.
+
+    It then runs, and gathers, at the same place on all ranks: whose turn it was, and who only got futures.
+    """
+
+    def close(*_: Any) -> None:
+        if rounds.is_running:
+            rounds.close()
+
+    with Undo() as undo:
+        for component in discover(pipeline).components:
+            if component.role != "denoiser":
+                for module in entries(component.module):
+                    undo.add(module.register_forward_pre_hook(close, prepend=True).remove)
     return undo
 
 

@@ -78,7 +78,7 @@ class Stage:
 
     def install(self) -> None:
         """Set the hooks."""
-        for module in _entries(self._module):
+        for module in entries(self._module):
             self._hook(module, self._begin, self._end)
         for tenant in self._tenants:
             if not tenant.unit.is_block:
@@ -170,7 +170,7 @@ class Stage:
             self._timeline.add("compute", tenant.name, self._begun_s, time.perf_counter())
 
 
-def _entries(module: nn.Module) -> list[nn.Module]:
+def entries(module: nn.Module) -> list[nn.Module]:
     """Where a component is entered: its forward, and the halves of a VAE, whose methods do not go through it."""
     halves = [getattr(module, name, None) for name in ("encoder", "decoder")] if hasattr(module, "decode") else []
     return [module, *(half for half in halves if isinstance(half, nn.Module))]
