@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 from unittest.mock import patch
 
@@ -19,9 +19,10 @@ from penstock.config import ParallelConfig
 from penstock.distributed import parallel_state
 from penstock.distributed.guidance.calls import apply_guidance
 from penstock.distributed.mesh import Mesh, alone, build_mesh
-from penstock.engine.together import apply_together
-from penstock.errors import RequestError
+from penstock.engine.together import Meeting, apply_together
+from penstock.errors import GenerationError, RequestError
 from tests import zoo
+from tests.offload.toys import Pipeline
 from tests.ranks import run_ranks
 
 DRAWS = 5
@@ -316,3 +317,74 @@ def throw_beside_cuda() -> None:
     ):
         dice()
     undo.run()
+
+
+def end_apart(way: str, blocks: tuple[int, int], then: str) -> list[Any]:
+    """On every rank: a call that ends at a block of its own, the next one, and what the pipeline makes when removed."""
+    pipeline = Pipeline(8)
+    plain = pipeline()
+    parallel = ParallelConfig(use_hsdp=True, hsdp_shard_size=2)
+    placed = penstock.apply(pipeline, device="cpu", offload=way, prefetch=2, parallel=parallel)
+    last = pipeline.transformer.blocks[blocks[placed.mesh["world"].rank]]
+
+    def stop(*_: Any) -> None:
+        raise torch.OutOfMemoryError("there is no more")
+
+    hook = last.register_forward_hook(stop)
+    with pytest.raises(torch.OutOfMemoryError):
+        pipeline()
+    hook.remove()
+    found = [torch.equal(pipeline(), plain) for _ in range(2 if then == "call" else 0)]
+    placed.remove()
+    return [*found, torch.equal(pipeline(), plain)]
+
+
+@pytest.mark.parametrize("then", ["call", "remove"])
+@pytest.mark.parametrize("blocks", [(1, 3), (3, 1), (2, 2)], ids=str)
+@pytest.mark.parametrize("way", ["sharded", "layerwise"])
+def test_ranks_that_share_weights_go_on_after_each_failed_at_another_block(
+    way: str, blocks: tuple[int, int], then: str
+) -> None:
+    for found in run_ranks(2, end_apart, way, blocks, then, timeout_s=20):
+        assert all(found)
+
+
+class Counted:
+    """Units of which so many were filled, the last ones those."""
+
+    def __init__(self, num_fills: int, last: list[int]) -> None:
+        self.num_fills = num_fills
+        self.last = last
+        self.missing: list[int] | None = None
+
+    def last_fills(self) -> list[int]:
+        """As given."""
+        return self.last
+
+    def catch_up(self, missing: Sequence[int]) -> None:
+        """Note it."""
+        self.missing = list(missing)
+
+
+def meet(fills: list[tuple[int, list[int]]], has_failed: bool) -> list[int] | str | None:
+    mesh = build_mesh(ParallelConfig(use_hsdp=True, hsdp_shard_size=2), "cpu")
+    units = Counted(*fills[mesh["world"].rank])
+    meeting = Meeting(mesh, units)
+    meeting.is_apart = has_failed and mesh["world"].rank == 1
+    try:
+        meeting.hold()
+    except GenerationError as error:
+        return str(error)
+    return units.missing
+
+
+def test_who_is_behind_is_told_what_it_misses() -> None:
+    assert run_ranks(2, meet, [(5, [0, 1]), (5, [0, 1])], False) == [None, None]
+    assert run_ranks(2, meet, [(5, [0, 1]), (5, [0, 1])], True) == [[], []]
+    assert run_ranks(2, meet, [(5, [1, 2, 0]), (7, [0, 2, 1])], False) == [[2, 1], []]
+    assert run_ranks(2, meet, [(3, [0, 1, 2]), (1, [0])], True) == [[], [1, 2]]
+
+
+def test_ranks_that_are_too_far_apart_all_hear_of_it() -> None:
+    for said in run_ranks(2, meet, [(5, [1, 2]), (8, [0, 1])], False):
+        assert "too far apart on ranks that share weights" in str(said)

@@ -25,6 +25,7 @@ from penstock.engine.settings import notes_of_plan, settings_of
 from penstock.engine.sharing import Sharing
 from penstock.engine.splits import check_splits, split_weights, split_work
 from penstock.engine.stalls import zero_stalls
+from penstock.engine.together import Meeting
 from penstock.engine.traffic import counted, traffic_since
 from penstock.errors import ConfigError, NotAPipelineError, PenstockError
 from penstock.machine import Machine
@@ -87,6 +88,7 @@ class Placed:
         self._streamer = streamer
         self._prompts = prompts
         self._sharing = Sharing(pipeline, streamer, split.mesh)
+        self._meeting = Meeting(split.mesh, streamer)
         self._notes = notes
         self._device_before = _device_of(pipeline)
         self._traffic_before = counted(split.mesh)
@@ -107,7 +109,8 @@ class Placed:
                 pipeline.to(device)
         self._prompts.install()
         self._split.work.add(self._sharing.install().run)
-        self._split.work.add(split_work(pipeline, self.mesh).run)
+        self._split.work.add(split_work(pipeline, self.mesh, self._meeting).run)
+        self._split.work.add(self._meeting.hold)  # first of all, when it is removed
 
     def tell(self, note: str) -> None:
         """Have the report tell the user something more."""
@@ -181,6 +184,7 @@ class Placed:
             self._last_report = self.report()
             self._streamer.remove()
             self._streamer, self._sharing = None, Sharing(self.pipeline, None, self.mesh)  # and the device's memory
+            self._meeting = Meeting(self.mesh)
         elif str(self._device_before) != self.plan.device:
             self.pipeline.to(self._device_before)
         self._split.weights.run()

@@ -23,7 +23,7 @@ from penstock.distributed.stages import apply_stages, check_stages
 from penstock.distributed.tensor import apply_tensor, check_tensor
 from penstock.distributed.tiles import apply_tiles, check_tiles
 from penstock.distributed.whole import refuse_while_split
-from penstock.engine.together import apply_agreement, apply_together, shares_weights
+from penstock.engine.together import Meeting, apply_agreement, apply_together, shares_weights
 from penstock.errors import ConfigError
 from penstock.models.components import discover
 from penstock.models.rows.table import row_of
@@ -112,12 +112,13 @@ def split_weights(pipeline: Any, mesh: Mesh) -> Undo:
     return undo
 
 
-def split_work(pipeline: Any, mesh: Mesh) -> Undo:
+def split_work(pipeline: Any, mesh: Mesh, meeting: Meeting | None = None) -> Undo:
     """Split what a placed pipeline computes.
 
     Args:
         pipeline: whose weights are where they will be.
         mesh: all other axes.
+        meeting: of the ranks that share its weights.
 
     Returns:
         What takes it back.
@@ -136,7 +137,7 @@ def split_work(pipeline: Any, mesh: Mesh) -> Undo:
         if mesh["vae"].size > 1:
             for vae in _tiled_vaes(pipeline, mesh["vae"].size):
                 undo.add(apply_tiles(vae, mesh["vae"]).run)
-        undo.add(apply_together(pipeline, mesh).run)
+        undo.add(apply_together(pipeline, mesh, meeting).run)
     return undo
 
 

@@ -10,9 +10,9 @@ import functools
 import hashlib
 import pickle
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from penstock.distributed.guidance.rounds import rounds_of
 from penstock.distributed.mesh import Mesh
 from penstock.distributed.watch import current_watch
 from penstock.engine.sharing import schedulers_that_wait
-from penstock.errors import RequestError
+from penstock.errors import GenerationError, RequestError
 from penstock.models.words import word_of
 from penstock.undo import Undo
 
@@ -39,7 +39,74 @@ _OF_DIFFUSERS = (
 )  # pipelines ask for their class, and all ranks call them alike
 
 
-def apply_together(pipeline: Any, mesh: Mesh) -> Undo:
+class SharedUnits(Protocol):
+    """The units of weights that ranks hold together, as this rank fills them: all ranks do it in one order."""
+
+    @property
+    def num_fills(self) -> int:
+        """Fills so far."""
+        ...
+
+    def last_fills(self) -> list[int]:
+        """The numbers of the units that were filled last, the oldest first; as many as can be under way."""
+        ...
+
+    def catch_up(self, missing: Sequence[int]) -> None:
+        """Fill these, and then begin anew with nothing on the device."""
+        ...
+
+
+class Meeting:
+    """Where ranks come together again that share weights, and whose last call may have ended at different places.
+
+    What one of them has asked for ahead of use takes all of them to bring, whoever has failed before.
+
+    Args:
+        mesh: whose `replica` axis holds the ranks that meet, and whose `shard` axis those that share.
+        units: that they share; None where they share none, and nothing is exchanged.
+
+    Attributes:
+        is_apart: whether something is under way on this rank, or has failed, that may have ended elsewhere on others.
+    """
+
+    def __init__(self, mesh: Mesh, units: SharedUnits | None = None) -> None:
+        self._replica, self._shard = mesh["replica"], mesh["shard"]
+        self._units = units if self._shard.size > 1 else None
+        self.is_apart = False
+
+    def hold(self) -> None:
+        """Bring all of them to where the farthest is. All ranks call it; their shards' channel may have work under way.
+
+        Raises:
+            GenerationError: on all ranks, where they are too far apart.
+
+        Cost: one small exchange; another after a call that failed, and the weights come anew.
+        """
+        units = self._units
+        if units is None:
+            return
+        recent = units.last_fills()
+        own = torch.tensor([self._shard.ranks[0], units.num_fills, len(recent), self.is_apart])
+        found = [part.tolist() for part in self._replica.all_gather(own)]
+        most = [max(other[1:3] for other in found if other[0] == each[0]) for each in found]
+        if any(each[3] or each[1] != num_fills for each, (num_fills, _) in zip(found, most, strict=True)):
+            self._catch_up(units, recent, found, most)
+        self.is_apart = False
+
+    def _catch_up(self, units: SharedUnits, recent: list[int], found: list[list[int]], most: list[list[int]]) -> None:
+        room = max(length for _, _, length, _ in found)
+        told = self._replica.all_gather(torch.tensor([-1] * (room - len(recent)) + recent))
+        if any(num_fills - each[1] > length for each, (num_fills, length) in zip(found, most, strict=True)):
+            raise GenerationError(
+                "an earlier call ended at places that are too far apart on ranks that share weights. Start the ranks "
+                "again."
+            )
+        own = self._replica.rank
+        farthest = next(rank for rank, each in enumerate(found) if [each[0], *each[1:3]] == [found[own][0], *most[own]])
+        units.catch_up(told[farthest].tolist()[room - (most[own][0] - found[own][1]) :])
+
+
+def apply_together(pipeline: Any, mesh: Mesh, meeting: Meeting | None = None) -> Undo:
     """Have the ranks that make one picture together call a pipeline as one.
 
     Before each call their generators get the state of the first rank's, the global ones of torch, Python and numpy
@@ -49,6 +116,7 @@ def apply_together(pipeline: Any, mesh: Mesh) -> Undo:
     Args:
         pipeline: any callable object; its class is replaced by one of the same name.
         mesh: whose `replica` axis holds these ranks.
+        meeting: is held before each call, of ranks that share weights.
 
     Returns:
         What gives the class back.
@@ -57,11 +125,13 @@ def apply_together(pipeline: Any, mesh: Mesh) -> Undo:
         RequestError: (from the call, on every rank) where ranks are called with different arguments: numbers, texts,
             tensors, arrays and pictures by their contents, all else by its class.
 
-    Cost: per call three small exchanges; tensors and pictures among the arguments are read once (`word_of`).
+    Cost: per call three small exchanges, four where weights are shared; tensors and pictures among the arguments are
+    read once (`word_of`).
     """
     undo = Undo()
     stock = type(pipeline)
     group = mesh["replica"]
+    meeting = meeting or Meeting(mesh)
     if group.size == 1 or not callable(pipeline):
         return undo
 
@@ -69,11 +139,15 @@ def apply_together(pipeline: Any, mesh: Mesh) -> Undo:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         with current_watch(group.ranks) or nullcontext():
             _require_equal(group, args, kwargs)
+            meeting.hold()
             _share_random_states(mesh, args, kwargs)
+            meeting.is_apart = True
             waiting = schedulers_that_wait(self) if shares_weights(mesh) else nullcontext()
             with waiting, parallel_state.using(mesh), rounds_of(mesh["cfg"]).run():
                 result = stock.__call__(self, *args, **_seeing_callbacks(kwargs))
-            return wait(result)
+            result = wait(result)
+            meeting.is_apart = False
+            return result
 
     names = {name: getattr(stock, name) for name in ("__module__", "__qualname__", "__doc__")}
     names[_STOCK] = stock

@@ -20,6 +20,10 @@ class StepClock:
 
     def __init__(self, pipeline: Any) -> None:
         self._pipeline = pipeline
+        self.restart()
+
+    def restart(self) -> None:
+        """Count anew, as if nothing had run."""
         self._step: int | None = None
         self._num_steps = 0
         self._calls = 0

@@ -174,5 +174,5 @@ def _apart(name: str, other: str) -> str:
     return (
         f"this rank gathers {name}, and the first of those it shares with {other}: their calls run different blocks, "
         "and the weights would be mixed up. Shard over ranks whose calls are alike: with --cfg-parallel-size C, give "
-        "--hsdp-replicate-size C."
+        "--hsdp-replicate-size C. Where another pipeline over these ranks has failed, call remove() on that one first."
     )

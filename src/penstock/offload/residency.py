@@ -15,13 +15,12 @@ import threading
 import time
 import warnings
 import weakref
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 import torch
-from torch.utils._pytree import tree_leaves, tree_map
 
 from penstock.errors import GenerationError, PenstockError, UsageError
 from penstock.offload.calls import is_in_call, is_running
@@ -101,6 +100,7 @@ class Residency:
         exposed_wait_s: seconds that compute stood still for weights.
         num_fills: fills so far.
         num_demanded: of these, fills that nobody had asked for ahead of use.
+        last_filled: the last of these, the oldest first; as many as can be under way.
         peak_bytes: the most bytes that units took at once.
     """
 
@@ -121,6 +121,7 @@ class Residency:
         self.exposed_wait_s = 0.0
         self.num_fills = 0
         self.num_demanded = 0
+        self.last_filled: deque[Tenant] = deque(maxlen=len(self.tenants))
         self.peak_bytes = 0
         self._held_bytes = 0
         self._is_torn = False  # whether an operation was left half way, as Ctrl-C leaves one
@@ -297,14 +298,30 @@ class Residency:
         first = self.arena.tensor[tenant.plan.begin : tenant.plan.begin + 1]
         first.zero_()  # no weight's byte: it tells autograd that what it may have kept of this place has gone
         begun_s = time.perf_counter()
-        tenant.ticket = self._transfer.submit(tenant.name, tenant.source, tenant.plan.begin)
+        tenant.ticket = self._submit(tenant)
         tenant.state = State.FILLING
-        self.num_fills += 1
         self.num_demanded += is_demanded
         self._held_bytes += tenant.plan.num_bytes
         self.peak_bytes = max(self.peak_bytes, self._held_bytes)
         if self._timeline is not None:
             self._timeline.entered(tenant.name, tenant.plan.num_bytes, begun_s)
+
+    def _submit(self, tenant: Tenant) -> Ticket:
+        ticket = self._transfer.submit(tenant.name, tenant.source, tenant.plan.begin)
+        self.num_fills += 1
+        self.last_filled.append(tenant)
+        return ticket
+
+    def catch_up(self, tenants: Sequence[Tenant]) -> None:
+        """Fill what only others have asked for, whose fills take this rank; then give everything up, as they do."""
+        with self._lock:
+            self._claim()
+            was_written = self._was_written()
+            for tenant in tenants:
+                self._transfer.cancel(self._submit(tenant))
+            self._forget()
+            if not was_written:
+                self._version = self.arena.tensor._version
 
     def ready(self, tenant: Tenant) -> None:
         """Make a unit's weights usable; returns once compute may be given them.
@@ -357,16 +374,6 @@ class Residency:
         self.ready(tenant)
         return tenant.live[number]
 
-    def apart(self, output: Any) -> Any:
-        """A component's output without views of its weights, which the next unit would overwrite; None without any.
-
-        Cost: a copy of what is such a view; else a look at each tensor.
-        """
-        arena = self.arena.tensor.untyped_storage().data_ptr()
-        if not any(_storage(leaf) == arena for leaf in tree_leaves(output)):
-            return None
-        return tree_map(lambda leaf: leaf.clone() if _storage(leaf) == arena else leaf, output)
-
     def _give_up(self, tenant: Tenant) -> None:
         """End a unit's stay, and with it a fill in progress."""
         if tenant.state is State.COLD:
@@ -381,12 +388,6 @@ class Residency:
             self.arena.poison(tenant.plan.begin, tenant.plan.num_bytes)
         if self._timeline is not None:
             self._timeline.left(tenant.name, time.perf_counter())
-
-
-def _storage(value: Any) -> int | None:
-    """The address of a tensor's storage."""
-    is_plain = type(value) in (torch.Tensor, torch.nn.Parameter) and value.layout is torch.strided
-    return value.untyped_storage().data_ptr() if is_plain else None
 
 
 def _after_fork() -> None:

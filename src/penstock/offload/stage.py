@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from penstock.offload.clock import StepClock
 from penstock.offload.compiled import compile_inside
@@ -58,7 +59,7 @@ class Stage:
         self._clock = clock
         self._timeline = timeline
         self._convoy = convoy or Convoy()
-        self.schedule = Schedule([tenant for tenant in self._tenants if tenant.plan.slot is not None])
+        self.schedule = self._supposed()
         self._undo = Undo()
         self._begun_s = 0.0
         self.num_computed = 0
@@ -70,6 +71,15 @@ class Stage:
         """Bytes of a streamed block, on average."""
         streamed = [tenant for tenant in self._tenants if tenant.plan.slot is not None]
         return sum(tenant.plan.num_bytes for tenant in streamed) / max(len(streamed), 1)
+
+    def _supposed(self) -> Schedule[Tenant]:
+        return Schedule([tenant for tenant in self._tenants if tenant.plan.slot is not None])
+
+    def forget(self) -> None:
+        """Forget what runs have taught: the order of the blocks, how many calls a step has."""
+        self.schedule = self._supposed()
+        if self._clock is not None:
+            self._clock.restart()
 
     def announce(self) -> None:
         """A call was put off, to be made by the convoy: it is one of the step that runs now."""
@@ -124,7 +134,7 @@ class Stage:
             self.schedule.end()
         if self._timeline is not None and not any(tenant.unit.is_block for tenant in self._tenants):
             self._timeline.add("compute", self._tenants[0].name, self._begun_s, time.perf_counter())
-        return self._residency.apart(output)
+        return _apart(output, self._residency.arena.tensor)
 
     def _enter(self, tenant: Tenant, *_: Any) -> None:
         """A streamed block runs: its weights are waited for, and those behind it asked for."""
@@ -174,3 +184,20 @@ def entries(module: nn.Module) -> list[nn.Module]:
     """Where a component is entered: its forward, and the halves of a VAE, whose methods do not go through it."""
     halves = [getattr(module, name, None) for name in ("encoder", "decoder")] if hasattr(module, "decode") else []
     return [module, *(half for half in halves if isinstance(half, nn.Module))]
+
+
+def _apart(output: Any, arena: torch.Tensor) -> Any:
+    """A component's output without views of its weights, which the next unit would overwrite; None without any.
+
+    Cost: a copy of what is such a view; else a look at each tensor.
+    """
+    place = arena.untyped_storage().data_ptr()
+    if not any(_storage(leaf) == place for leaf in tree_leaves(output)):
+        return None
+    return tree_map(lambda leaf: leaf.clone() if _storage(leaf) == place else leaf, output)
+
+
+def _storage(value: Any) -> int | None:
+    """The address of a tensor's storage."""
+    is_plain = type(value) in (torch.Tensor, torch.nn.Parameter) and value.layout is torch.strided
+    return value.untyped_storage().data_ptr() if is_plain else None

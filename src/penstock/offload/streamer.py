@@ -231,6 +231,30 @@ class Streamer:
         self._stages[component].announce()
 
     @property
+    def num_fills(self) -> int:
+        """Fills so far."""
+        return self.residency.num_fills
+
+    def last_fills(self) -> list[int]:
+        """The numbers of the units that were filled last, the oldest first."""
+        numbers = {id(tenant): number for number, tenant in enumerate(self.tenants)}
+        return [numbers[id(tenant)] for tenant in self.residency.last_filled]
+
+    def catch_up(self, missing: Sequence[int]) -> None:
+        """Come to where the farthest of the ranks is that hold the weights together; all of them do it at once.
+
+        Nothing is on the device then, and what runs have taught is forgotten: the same on every rank.
+
+        Args:
+            missing: the numbers of the units that others have asked for, and this rank has not.
+
+        Cost: a fill of each; afterwards all weights come anew.
+        """
+        self.residency.catch_up([self.tenants[number] for number in missing])
+        for stage in self._stages.values():
+            stage.forget()
+
+    @property
     def tenants(self) -> Sequence[Tenant]:
         """All units with their places and states."""
         return self.residency.tenants
