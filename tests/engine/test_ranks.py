@@ -7,6 +7,7 @@ import time
 import pytest
 import torch
 
+import penstock
 from penstock.config import OffloadConfig, ParallelConfig
 from penstock.distributed.environment import RankEnvironment
 from penstock.distributed.group import Group
@@ -16,6 +17,7 @@ from penstock.engine import ranks
 from penstock.engine.ranks import agreed, join_ranks, shared_machine
 from penstock.errors import ConfigError, ModelError
 from penstock.machine import read_machine
+from tests.offload.toys import Pipeline
 from tests.ranks import run_ranks
 
 CPU = OffloadConfig(device="cpu")
@@ -123,3 +125,26 @@ def test_a_step_that_fails_on_one_rank_fails_on_all() -> None:
 
 def test_alone_a_step_is_just_taken() -> None:
     assert agreed(Group("world", 0, (0,), None), lambda: 3) == 3
+
+
+def share_strange_weights(is_strange: bool) -> str:
+    """On every rank: what is said to weights of the same layout that are others on rank 1."""
+    pipeline = Pipeline()
+    if is_strange and torch.distributed.get_rank() == 1:
+        with torch.no_grad():
+            pipeline.transformer.head.weight.mul_(1.5)
+    plain, said = pipeline(), ""
+    try:
+        with penstock.apply(pipeline, device="cpu", parallel=ParallelConfig(use_hsdp=True, hsdp_shard_size=2)):
+            pipeline()
+    except ConfigError as error:
+        said = str(error)
+    assert torch.equal(pipeline(), plain)
+    return said
+
+
+def test_ranks_with_other_weights_do_not_share_them() -> None:
+    assert run_ranks(2, share_strange_weights, False) == ["", ""]
+    first, second = run_ranks(2, share_strange_weights, True)
+    assert second.startswith("rank 1 has other weights than rank 0, of the same layout")
+    assert "rank 1" in first and "has other weights than rank 0" in first

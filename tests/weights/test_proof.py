@@ -10,8 +10,8 @@ import torch
 from penstock.errors import WeightsError
 from penstock.weights.layout import Layout, paged
 from penstock.weights.memory import Arena
-from penstock.weights.proof import Proof
-from penstock.weights.ranges import PAGE_BYTES, FileRange, Piece
+from penstock.weights.proof import Proof, fingerprint
+from penstock.weights.ranges import PAGE_BYTES, FileRange, HostRange, Piece
 from tests.weights.samples import BF16_TO_F32, F32_TO_BF16, expected, file_of, host
 
 
@@ -75,3 +75,18 @@ def test_the_file_as_it_was_first_seen_is_the_reference(pieces: list[Piece]) -> 
     arena.tensor.copy_(filled(pieces, 0)[0].tensor)  # a streamer that did not notice
     with pytest.raises(WeightsError, match="The file may have changed"):
         proof.verify("block 1", pieces, layout, 0)
+
+
+def test_a_fingerprint_tells_other_weights_wherever_they_are(tmp_path: Path, pieces: list[Piece]) -> None:
+    found = fingerprint(pieces)
+    assert found == fingerprint(pieces) != fingerprint(pieces[1:])
+    assert isinstance(pieces[1].range, HostRange) and isinstance(pieces[0].range, FileRange)
+    pieces[1].range.memory[5] ^= 1
+    changed = fingerprint(pieces)
+    with pieces[0].range.file.open("r+b") as stream:
+        stream.seek(136 + PAGE_BYTES - 1)
+        stream.write(b"?!")
+    assert len({found, changed, fingerprint(pieces)}) == 3
+    pieces[0].range.file.unlink()
+    with pytest.raises(WeightsError, match=r"1.safetensors: 4096 bytes from 136 cannot be read"):
+        fingerprint(pieces)

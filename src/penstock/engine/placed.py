@@ -31,7 +31,7 @@ from penstock.errors import ConfigError, NotAPipelineError, PenstockError
 from penstock.machine import Machine
 from penstock.models.components import discover
 from penstock.offload.prompts import PromptCache
-from penstock.offload.streamer import Settings, Streamer, common_bytes, layout_of
+from penstock.offload.streamer import Settings, Streamer, common_bytes
 from penstock.offload.units import Locate
 from penstock.report import Report, UnitReport
 from penstock.timeline import Timeline
@@ -209,7 +209,7 @@ def apply(pipeline: Any, *, parallel: ParallelConfig | None = None, trace: bool 
     Args:
         pipeline: any diffusers pipeline on the CPU, or any object that holds modules; it is changed in place.
         parallel: how its work is split over ranks, which torchrun or another launcher has started; every rank calls
-            `apply`, and later the pipeline, with the same arguments.
+            `apply`, and later the pipeline, with the same arguments, and has a pipeline with equal weights.
         trace: keep a `Timeline` of fills, waits and compute.
         **options: fields of `OffloadConfig`: device, offload, max_weight_memory, prefetch, share_blocks, prompt_cache,
             check.
@@ -220,7 +220,7 @@ def apply(pipeline: Any, *, parallel: ParallelConfig | None = None, trace: bool 
     Raises:
         ConfigError: for options that cannot work with this pipeline on this machine, before anything is changed.
 
-    Cost: no weights are read; one allocation on the device.
+    Cost: no weights are read, but a page of each where ranks are to share them; one allocation on the device.
     """
     return place(pipeline, config_of(OffloadConfig, **options), parallel, trace=trace)
 
@@ -299,7 +299,7 @@ def _agreed(
     planned = agreed(world, partial(_planned, pipeline, config, split, machine, reason))
     num_neighbours = neighbours.least_size if neighbours is not None else 1
     settings = settings_of(planned, config, machine, shard, num_neighbours, on_read)
-    require_alike(split.mesh, _layouts(planned))
+    require_alike(split.mesh, planned)
     num_bytes = common_bytes(planned.partition, planned.plan, settings)
     with neighbours.opened(num_bytes) if neighbours is not None else nullcontext() as common:
         settings = replace(settings, common=common)
@@ -310,20 +310,6 @@ def _planned(pipeline: Any, config: OffloadConfig, split: _Split, machine: Machi
     device, num_sharers = torch.device(machine.device), split.mesh["shard"].size
     planned = plan_pipeline(pipeline, config, device, _in_memory(), split.dtypes(), machine, num_sharers)
     return planned if reason is None else replace(planned, plan=replace(planned.plan, reason=reason))
-
-
-def _layouts(planned: Planned) -> str:
-    """Where every byte of every unit is, which ranks that hold weights together must see alike."""
-    plan, device = planned.plan, torch.device(planned.plan.device)
-    places = [
-        (
-            unit.name,
-            layout_of(unit, device, plan.num_sharers).positions,
-            [(weight.name, str(weight.dtype), weight.piece, weight.offset) for weight in unit.weights],
-        )
-        for unit in planned.partition.units
-    ]
-    return f"{plan.to_json()} {places}"
 
 
 def _made(

@@ -21,9 +21,12 @@ from penstock.distributed.launcher import num_groups
 from penstock.distributed.mesh import Mesh, alone, build_mesh, num_running, require_ranks, world_group
 from penstock.distributed.watch import current_watch
 from penstock.engine.placement import choose_device
+from penstock.engine.plans import Planned
 from penstock.engine.sharing import check_sharing
 from penstock.errors import ConfigError, PenstockError
 from penstock.machine import Machine, read_machine
+from penstock.offload.streamer import layout_of
+from penstock.weights.proof import fingerprint
 
 T = TypeVar("T")
 _HEARD_BYTES = 1000
@@ -147,22 +150,25 @@ def shared_machine(device: torch.device, mesh: Mesh) -> Machine:
     )
 
 
-def require_alike(mesh: Mesh, layouts: str) -> None:
-    """Refuse to gather weights that the ranks have laid out differently.
+def require_alike(mesh: Mesh, planned: Planned) -> None:
+    """Refuse to gather weights that the ranks have laid out differently, or that are others.
 
     Args:
         mesh: whose `shard` axis holds weights together.
-        layouts: tells where everything is.
+        planned: tells where everything is, and comes from.
 
     Raises:
-        ConfigError: on all ranks where some of those differ.
+        ConfigError: on all ranks where some of those differ, as far as the first page of each weight tells.
+        WeightsError: for files that cannot be read; the others then raise as well.
 
-    Cost: one small exchange, where weights are sharded.
+    Cost: where weights are sharded, three small exchanges, and 4 KiB read per weight on each rank.
     """
     shard, world = mesh["shard"], mesh["world"]
     if mesh.config.shard_size == 1:
         return
-    strange = _strangers(world, shard.ranks, layouts)
+    contents = agreed(world, partial(_contents, planned))
+    strange = _strangers(world, shard.ranks, _layouts(planned))
+    others = _strangers(world, shard.ranks, contents)
 
     def refuse() -> None:
         if strange:
@@ -170,8 +176,33 @@ def require_alike(mesh: Mesh, layouts: str) -> None:
                 f"rank {strange[0]} lays out its weights differently from rank {shard.ranks[0]}, and both are to hold "
                 f"them together, hsdp_shard({shard.size}). Give all ranks the same files, options and versions."
             )
+        if others:
+            raise ConfigError(
+                f"rank {others[0]} has other weights than rank {shard.ranks[0]}, of the same layout, and both are to "
+                f"hold them together, hsdp_shard({shard.size}). Give all ranks the same files, and the same changes in "
+                "memory."
+            )
 
     agreed(world, refuse)
+
+
+def _layouts(planned: Planned) -> str:
+    """Where every byte of every unit is, which ranks that hold weights together must see alike."""
+    plan, device = planned.plan, torch.device(planned.plan.device)
+    places = [
+        (
+            unit.name,
+            layout_of(unit, device, plan.num_sharers).positions,
+            [(weight.name, str(weight.dtype), weight.piece, weight.offset) for weight in unit.weights],
+        )
+        for unit in planned.partition.units
+    ]
+    return f"{plan.to_json()} {places}"
+
+
+def _contents(planned: Planned) -> str:
+    """Of each unit a number that other weights would hardly have."""
+    return str([fingerprint(unit.pieces) for unit in planned.partition.units])
 
 
 def watched(mesh: Mesh) -> AbstractContextManager[Any]:

@@ -6,15 +6,19 @@ Slow on purpose, and independent of the readers: the reference is read by plain 
 from __future__ import annotations
 
 import hashlib
+import os
+import zlib
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 
 from penstock.errors import WeightsError
 from penstock.weights.layout import Layout
 from penstock.weights.memory import Arena
-from penstock.weights.ranges import FileRange, HostRange, Piece
+from penstock.weights.ranges import PAGE_BYTES, FileRange, HostRange, Piece
 
 _DIGEST_BYTES = 16
 
@@ -55,6 +59,36 @@ class Proof:
                     "changed; if it has not, please report this."
                 )
             self.num_checked += 1
+
+
+def fingerprint(pieces: Sequence[Piece]) -> int:
+    """A checksum of the first page of each piece: tells other weights of the same layout, not every other byte.
+
+    Raises:
+        WeightsError: for files that cannot be read.
+
+    Cost: 4 KiB read per piece.
+    """
+    found = 0
+    with ExitStack() as stack:
+        files: dict[Path, BinaryIO] = {}
+        for piece in pieces:
+            found = zlib.crc32(_first_page(piece, files, stack), found)
+    return found
+
+
+def _first_page(piece: Piece, files: dict[Path, BinaryIO], stack: ExitStack) -> bytes:
+    num_bytes = min(piece.range.num_bytes, PAGE_BYTES)
+    if isinstance(piece.range, HostRange):
+        return piece.range.memory[:num_bytes].numpy().tobytes()
+    assert isinstance(piece.range, FileRange)
+    file = piece.range.file
+    try:
+        if file not in files:
+            files[file] = stack.enter_context(file.open("rb", buffering=0))
+        return os.pread(files[file].fileno(), num_bytes, piece.range.offset)
+    except OSError as error:
+        raise WeightsError(f"{file}: {num_bytes} bytes from {piece.range.offset} cannot be read: {error}.") from error
 
 
 def _digest(memory: torch.Tensor) -> bytes:
