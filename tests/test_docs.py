@@ -6,16 +6,20 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from penstock.cli.app import app
+from penstock.server import process
+from tests.server.served import Served, served
 
 ROOT = Path(__file__).resolve().parents[1]
 CARD = ROOT / "src" / "penstock" / "demo" / "README.md"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", CARD, *sorted((ROOT / "docs").rglob("*.md"))]
+ADDRESS = "http://127.0.0.1:8000"
 BLOCK = re.compile(r"```(python|sh)\n(.*?)```", re.DOTALL)
 
 
@@ -30,9 +34,20 @@ def commands() -> list[tuple[str, str]]:
     return [(page, line.removeprefix(".venv/bin/")) for page, line in lines if "penstock " in line.split("#")[0]]
 
 
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """What `penstock serve demo` starts, on another port."""
+    with served("demo", tmp_path_factory.mktemp("docs")) as server:
+        yield server
+
+
 @pytest.mark.parametrize(("page", "code"), blocks("python"), ids=lambda value: value if value.endswith(".md") else "")
-def test_python(page: str, code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python(
+    page: str, code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
     monkeypatch.chdir(CARD.parent if "FluxPipeline.from_pretrained" in code else tmp_path)
+    if ADDRESS in code:
+        code = code.replace(ADDRESS, request.getfixturevalue("server").url)
     exec(compile(code, page, "exec"), {"__name__": "example"})
 
 
@@ -41,6 +56,8 @@ def test_command(page: str, line: str, tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir(tmp_path)
     name, *arguments = shlex.split(line, comments=True)
     assert name == "penstock"
+    if arguments[0] == "serve":  # which would not end
+        monkeypatch.setattr(process, "run", lambda *settings, **options: 0)
     if any(argument.endswith(("-degree", "-parallel-size", "-hsdp")) for argument in arguments):  # starts processes
         subprocess.run([sys.executable, "-m", "penstock", *arguments], check=True, timeout=300)
         return

@@ -17,6 +17,7 @@ def test_commands() -> None:
     assert {command.callback.__name__ for command in app.registered_commands if command.callback} == {
         "generate",
         "inspect",
+        "serve",
         "verify",
     }
 

@@ -1,4 +1,4 @@
-"""The command line: generate, inspect, verify. Torch is imported only once a command needs it."""
+"""The command line: generate, inspect, serve, verify. Torch is imported only once a command needs it."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ import typer
 from penstock import __version__
 from penstock.cli.generate import generate
 from penstock.cli.inspect import inspect
+from penstock.cli.serve import serve
 from penstock.cli.verify import verify
 
 app = typer.Typer(
@@ -20,6 +21,7 @@ app = typer.Typer(
 )
 app.command()(generate)
 app.command()(inspect)
+app.command()(serve)
 app.command()(verify)
 
 

@@ -1,0 +1,1 @@
+"""The OpenAI image and video API in front of an engine. Never imports torch."""

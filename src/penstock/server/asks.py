@@ -1,0 +1,231 @@
+"""From what a client asked to what the engine is given: every field is honoured, or refused by its name.
+
+Owns the meaning of the API's fields and their limits on this server. Values of the pipeline's own arguments are checked
+by the pipeline (`Engine.check`). Does not know bodies, files or jobs.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from penstock.config import suggestion
+from penstock.errors import RequestError
+from penstock.request import GenerationRequest
+from penstock.server.failures import ApiError, invalid
+from penstock.server.pipeline import Pipeline, seconds_of
+from penstock.server.schemas import ADVICE, Ask, ImageAsk, VariationAsk, VideoAsk
+from penstock.server.settings import ServeConfig
+from penstock.wire import FileFormat, Lora
+
+_SEEDS = 2**32
+_MOST_ARGUMENTS = 2**20  # bytes of all fields: they travel to ranks and into the record
+_MOST_TEXT = 100_000  # characters of one argument of a pipeline
+_UNRECORDED = {"model", "user", "safety_identifier", "stream", "response_format"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """What a client wants, as the engine and the record of its job need it.
+
+    Attributes:
+        request: for the engine.
+        format: of the files.
+        num_partials: unfinished pictures to make on the way, for each.
+        loras: adapters to use.
+        size: `WIDTHxHEIGHT`, or auto where the pipeline does not say.
+        seconds: of a video, as a text; None otherwise.
+        arguments: the fields as they were sent.
+    """
+
+    request: GenerationRequest
+    format: FileFormat
+    num_partials: int
+    loras: tuple[Lora, ...]
+    size: str
+    seconds: str | None
+    arguments: dict[str, Any]
+
+
+def check_model(asked: str | None, names: list[str]) -> None:
+    """Refuse another model than this server's.
+
+    Raises:
+        ApiError: 404.
+    """
+    if asked and asked not in names:
+        message = f"there is no model {asked[:80]!r} here. This server has {names[0]!r}; leave the field out to use it."
+        raise ApiError(404, message, code="model_not_found", param="model")
+
+
+def wanted(ask: Ask, pipeline: Pipeline, settings: ServeConfig, pictures: Mapping[str, tuple[str, ...]]) -> Wanted:
+    """Read an ask.
+
+    Args:
+        ask: the fields that came.
+        pipeline: what will make it.
+        settings: limits.
+        pictures: argument of the pipeline to paths of the pictures that came for it.
+
+    Raises:
+        ApiError: 400 naming a field that cannot be honoured; 413 for more than this server makes.
+    """
+    num_images = _count(ask, settings)
+    width, height = _size(ask, pipeline, settings)
+    frames, rate = _frames(ask, pipeline, settings)
+    _check_names(ask, pipeline)
+    if ask.num_inference_steps is not None and ask.num_inference_steps > settings.max_steps:
+        message = f"num_inference_steps={ask.num_inference_steps} is more than this server does. The most is"
+        raise invalid("num_inference_steps", f"{message} {settings.max_steps}.")
+    try:
+        request = GenerationRequest(
+            prompt=ask.prompt if ask.prompt or pipeline.takes("prompt") else None,
+            negative_prompt=ask.negative_prompt,
+            width=width,
+            height=height,
+            num_inference_steps=ask.num_inference_steps,
+            num_frames=frames,
+            frame_rate=rate,
+            num_images=num_images,
+            seed=secrets.randbelow(_SEEDS) if ask.seed is None else ask.seed,
+            pictures=dict(pictures),
+            arguments=dict(ask.model_extra or {}),
+            opens_files=False,
+        )
+    except RequestError as error:
+        raise invalid(error.param, str(error)) from None
+    arguments = ask.model_dump(exclude_none=True, exclude=_UNRECORDED)
+    if len(msgspec.json.encode(arguments)) > _MOST_ARGUMENTS:
+        message = f"the fields together are larger than {_MOST_ARGUMENTS} bytes. Send pictures as files, and less else."
+        raise ApiError(413, message, code="request_too_large")
+    known = pipeline.size(width, height)
+    is_video = isinstance(ask, VideoAsk)
+    return Wanted(
+        request=request,
+        format=_format(ask),
+        num_partials=_partials(ask),
+        loras=_loras(ask, pipeline, settings),
+        size=f"{known[0]}x{known[1]}" if all(known) else "auto",
+        seconds=seconds_of(frames or pipeline.default_num_frames, rate or pipeline.frame_rate) if is_video else None,
+        arguments=arguments,
+    )
+
+
+def _count(ask: Ask, settings: ServeConfig) -> int:
+    count = ask.n or 1 if isinstance(ask, ImageAsk) else 1
+    if count > settings.max_images:
+        raise invalid("n", f"n={count} is more than this server makes at once. The most is {settings.max_images}.")
+    return count
+
+
+def _size(ask: Ask, pipeline: Pipeline, settings: ServeConfig) -> tuple[int | None, int | None]:
+    width, height = ask.width, ask.height
+    if ask.size not in (None, "auto"):
+        if width or height:
+            raise invalid("size", f"size={ask.size!r} and width or height are both given. Keep one of them.")
+        width, height = map(int, str(ask.size).split("x"))
+    for name, value in (("width", width), ("height", height)):
+        if value is not None and not pipeline.takes(name):
+            field = "size" if ask.width is None and ask.height is None else name
+            raise invalid(field, f"{pipeline.name} takes no {name}: it makes one size. Leave {field} out.")
+    full = pipeline.size(width, height)
+    if (width or height) and full[0] and full[1] and full[0] * full[1] > settings.most_pixels:
+        best = pipeline.largest_size(full[0], full[1], settings.most_pixels)
+        raise ApiError(
+            413,
+            f"{full[0]}x{full[1]} is {full[0] * full[1]} pixels, and this server makes at most {settings.most_pixels} "
+            f"({settings.max_pixels}). The largest of that shape is {best[0]}x{best[1]}.",
+            code="too_large",
+            param="size" if ask.width is None else "width",
+        )
+    return width, height
+
+
+def _frames(ask: Ask, pipeline: Pipeline, settings: ServeConfig) -> tuple[int | None, float | None]:
+    if not isinstance(ask, VideoAsk):
+        return None, None
+    frames, rate = ask.num_frames, ask.fps
+    if ask.seconds is not None:
+        if frames is not None:
+            raise invalid("seconds", f"seconds={ask.seconds} and num_frames={frames} are both given. Keep one of them.")
+        frames = pipeline.num_frames(float(ask.seconds), rate or pipeline.frame_rate or 1.0)
+    if frames is not None and frames > settings.max_frames:
+        field = "seconds" if ask.num_frames is None else "num_frames"
+        best = settings.max_frames / (rate or pipeline.frame_rate or 1.0)
+        raise ApiError(
+            413,
+            f"{frames} frames are more than this server makes. The most is {settings.max_frames}, or {best:.1f} s.",
+            code="too_large",
+            param=field,
+        )
+    return frames, rate
+
+
+def _check_names(ask: Ask, pipeline: Pipeline) -> None:
+    """Every field reaches the pipeline, or is refused."""
+    if ask.prompt is None and pipeline.takes("prompt") and not isinstance(ask, VariationAsk):
+        raise invalid("prompt", "prompt is missing. Say what to make.", code="missing_field")
+    fields = [name for name in type(ask).model_fields if name not in ("user", "safety_identifier")]
+    for name in ("prompt", "negative_prompt", "num_inference_steps"):
+        if getattr(ask, name) and not pipeline.takes(name):
+            raise invalid(name, pipeline.unknown(name, fields), code="unknown_parameter")
+    for name, value in (ask.model_extra or {}).items():
+        if not pipeline.takes(name):
+            advice = f"{name!r} is no field here. {ADVICE[name]}." if name in ADVICE else pipeline.unknown(name, fields)
+            raise invalid(name[:80], advice, code="unknown_parameter")
+        if name in pipeline.pictures:
+            said = "a picture, and comes as a file of the form, or in JSON as a data: URL"
+            raise invalid(name, f"{name!r} is {said} where this endpoint takes pictures.")
+        if isinstance(value, str) and (len(value) > _MOST_TEXT or "\0" in value):
+            raise invalid(
+                name, f"{name} is {len(value)} characters, or holds a NUL. Give at most {_MOST_TEXT}, and none."
+            )
+
+
+def _format(ask: Ask) -> FileFormat:
+    if not isinstance(ask, ImageAsk):
+        return FileFormat()
+    name = ask.output_format or "png"
+    if ask.output_compression is not None and name == "png":
+        if ask.output_compression != 100:
+            message = f"output_compression={ask.output_compression} is for jpeg and webp, and png keeps every pixel."
+            raise invalid("output_compression", f"{message} Give output_format as well, or leave it out.")
+        return FileFormat(name=name)
+    return FileFormat(name=name, quality=ask.output_compression)
+
+
+def _partials(ask: Ask) -> int:
+    if not isinstance(ask, ImageAsk) or not ask.partial_images:
+        return 0
+    if not ask.stream:
+        raise invalid("partial_images", "partial_images come in a stream of events. Give stream=true, or leave it out.")
+    return ask.partial_images
+
+
+def _loras(ask: Ask, pipeline: Pipeline, settings: ServeConfig) -> tuple[Lora, ...]:
+    if not ask.lora:
+        return ()
+    if not pipeline.takes_lora:
+        raise invalid("lora", f"{pipeline.name} takes no adapters. Leave lora out.")
+    if settings.lora_dir is None:
+        raise invalid("lora", "this server was started without --lora-dir, and has no adapters. Leave lora out.")
+    known = adapters(settings)
+    for one in ask.lora:
+        if one.name not in known:
+            listed = ", ".join(known[:40]) or "none"
+            message = f"there is no adapter {one.name!r}{suggestion(one.name, known)}. There is {listed}."
+            raise invalid("lora", message)
+    folder = Path(settings.lora_dir)
+    return tuple(Lora(name=one.name, path=str(folder / f"{one.name}.safetensors"), scale=one.scale) for one in ask.lora)
+
+
+def adapters(settings: ServeConfig) -> list[str]:
+    """Names of the adapters that requests may use."""
+    if settings.lora_dir is None:
+        return []
+    return sorted(path.stem for path in Path(settings.lora_dir).expanduser().glob("*.safetensors"))

@@ -1,0 +1,143 @@
+"""Pictures over HTTP: made from a prompt, changed, varied; in one answer or as a stream of events.
+
+Owns the routes of `/v1/images`. Does not know how a request is checked or run.
+"""
+
+from __future__ import annotations
+
+import base64
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any, Literal
+
+from anyio import to_thread
+from fastapi import APIRouter, Request, Response
+
+from penstock.server.answers import format_of, images_answer
+from penstock.server.bodies import FORM, JSON, Body, reading
+from penstock.server.endings import failure_of
+from penstock.server.events import Event, stream, unless_left
+from penstock.server.failures import invalid
+from penstock.server.making import begin, offered
+from penstock.server.openapi import JOB_ID, STREAM, errors
+from penstock.server.pictures import Taken
+from penstock.server.runs import Run
+from penstock.server.schemas import EditAsk, ImageAsk, ImagesAnswer, Usage, VariationAsk
+from penstock.server.service import Service, service_of
+
+router = APIRouter(prefix="/v1/images", tags=["images"])
+
+Name = Literal["image_generation", "image_edit"]
+
+CLIENT_LEFT = 499
+_ANSWERS: dict[int | str, Any] = {
+    200: {"description": "The pictures, or events where stream is true.", "content": STREAM, "headers": JOB_ID},
+    **errors(400, 404, 409, 413, 415, 429, 500, 503, 507),
+}
+
+
+@router.post("/generations", response_model=ImagesAnswer, responses=_ANSWERS)
+async def generate(request: Request) -> Response:
+    """Make pictures from a prompt."""
+    async with reading(request, JSON, FORM) as body:
+        run, fields = await _begin(request, ImageAsk, body, Taken())
+    return await _answer(request, run, fields, "image_generation")
+
+
+@router.post("/edits", response_model=ImagesAnswer, responses=_ANSWERS)
+async def edit(request: Request) -> Response:
+    """Change pictures by a prompt, within a mask where there is one."""
+    service = service_of(request)
+    async with reading(request, FORM, JSON) as body:
+        pipeline = offered(service, "image")
+        taken = Taken(fields={"image": "image", "mask": pipeline.mask}, wants="image")
+        run, fields = await _begin(request, EditAsk, body, taken)
+    return await _answer(request, run, fields, "image_edit")
+
+
+@router.post("/variations", response_model=ImagesAnswer, responses=_ANSWERS)
+async def vary(request: Request) -> Response:
+    """Make pictures like another, without a prompt, where the pipeline can."""
+    service = service_of(request)
+    async with reading(request, FORM, JSON) as body:
+        pipeline = offered(service, "image")
+        if not pipeline.accepts_image or pipeline.requires("prompt"):
+            wants = "wants a prompt" if pipeline.accepts_image else "takes no input picture"
+            message = (
+                f"{pipeline.name} {wants}, so it cannot make variations. Use /v1/images/edits where it takes pictures."
+            )
+            raise invalid("image", message, code="unsupported_by_model")
+        run, fields = await _begin(request, VariationAsk, body, Taken(fields={"image": "image"}, wants="image"))
+    return await _answer(request, run, fields, "image_generation")
+
+
+async def _begin(request: Request, ask: type[ImageAsk], body: Body, taken: Taken) -> tuple[Run, ImageAsk]:
+    fields = body.fields(ask)
+    if fields.stream and fields.response_format == "url":
+        message = "events carry the pictures themselves. Leave response_format or stream out."
+        raise invalid("response_format", message)
+    run = await begin(request, ask, body, taken, kind="image", wants_contents=fields.response_format != "url")
+    return run, fields
+
+
+async def _answer(request: Request, run: Run, fields: ImageAsk, name: Name) -> Response:
+    service = service_of(request)
+    headers = {"x-penstock-job-id": run.job.id}
+    if fields.stream:
+        return stream(_events(service, run, name), request, headers=headers, at_end=lambda: _let_go(service, run))
+    if await unless_left(request, run.is_over.wait()) is None:
+        _let_go(service, run)
+        return Response(status_code=CLIENT_LEFT)
+    if run.job.status == "failed":
+        error = failure_of(run.job)
+        error.headers |= headers
+        raise error
+    answer = images_answer(run, request, as_url=fields.response_format == "url")
+    content = await to_thread.run_sync(lambda: answer.model_dump_json(exclude_none=True))
+    return Response(content, media_type="application/json", headers=headers)
+
+
+def _let_go(service: Service, run: Run) -> None:
+    """Nobody waits for a run any more."""
+    if not run.is_over.is_set():
+        service.jobs.cancel(run, "client_left")
+
+
+async def _events(service: Service, run: Run, name: Name) -> AsyncIterator[Event]:
+    """Unfinished pictures, then the finished ones, as OpenAI's clients know them."""
+    with run.listening() as feed:
+        async for news in feed:
+            if news["type"] == "partial_image":
+                content = await to_thread.run_sync(_content, news["path"])
+                if content is not None:
+                    index = {"partial_image_index": news["index"]}
+                    yield _event(run, f"{name}.partial_image", {**index, "b64_json": content, "item": news["item"]})
+            elif news["type"] == "kept":
+                item = news["item"]
+                seed = (run.job.seed or 0) + item
+                done = {"b64_json": run.contents[item], "usage": Usage().model_dump(), "item": item, "seed": seed}
+                yield _event(run, f"{name}.completed", done)
+    if run.job.status == "failed":
+        raise failure_of(run.job)
+
+
+def _event(run: Run, kind: str, more: dict[str, Any]) -> Event:
+    facts = {
+        "type": kind,
+        "created_at": int(time.time()),
+        "size": run.job.size or "auto",
+        "quality": "auto",
+        "background": "opaque",
+        "output_format": format_of(run),
+        "job_id": run.job.id,
+    }
+    return kind, {**facts, **more}
+
+
+def _content(path: str) -> str | None:
+    """A small file in base64; None where the run is over and has taken it along."""
+    try:
+        return base64.b64encode(Path(path).read_bytes()).decode("ascii")
+    except FileNotFoundError:
+        return None

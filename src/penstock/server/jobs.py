@@ -1,0 +1,390 @@
+"""The life cycle of jobs: accepted, followed, kept, recorded, and removed only once the ranks have let go.
+
+Owns what this server has under way, and every change of a job's record. Runs in the event loop; the store, files and
+encodings work in threads. Does not know routes, fields of requests, or what the pipeline takes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import time
+from collections.abc import Coroutine
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import structlog
+from anyio import to_thread
+
+from penstock.request import GenerationRequest, OutputKind
+from penstock.server.endings import FIELDS, WORDS, ending, fail_lost
+from penstock.server.expiry import sweep
+from penstock.server.failures import ApiError, of_failure, stopping
+from penstock.server.files import Files
+from penstock.server.job import UNFINISHED, Job
+from penstock.server.keeping import Keeping
+from penstock.server.runs import Run
+from penstock.server.settings import ServeConfig
+from penstock.server.store import Store, StoreError
+from penstock.wire import Began, Ended, Failure, Made, Order, Step
+
+if TYPE_CHECKING:
+    from penstock.engine.engine import Engine
+    from penstock.server.metrics import Metrics
+
+T = TypeVar("T")
+
+CHECK_S = 30.0
+DELETE_S = 60.0
+NOTE_S = 1.0  # between two notes of a job's progress in the store
+SWEEP_S = 30.0
+STOP_S = 3.0  # for ranks to reach their next step, before they are ended
+
+
+
+class Jobs:
+    """What this server makes, and what it has made.
+
+    Args:
+        settings: limits.
+        engine: makes it.
+        store: records it.
+        files: keeps it.
+        metrics: count it.
+        server: name of this server in the records.
+
+    Attributes:
+        is_stopping: no new work is taken.
+    """
+
+    def __init__(
+        self,
+        settings: ServeConfig,
+        *,
+        engine: Engine,
+        store: Store,
+        files: Files,
+        metrics: Metrics,
+        server: str,
+    ) -> None:
+        self._settings = settings
+        self._engine = engine
+        self._store = store
+        self._files = files
+        self._keeping = Keeping(files, metrics)
+        self._metrics = metrics
+        self._server = server
+        self._log = structlog.get_logger()
+        self._runs: dict[str, Run] = {}
+        self._unrecorded: dict[str, Job] = {}
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._num_stages = 1
+        self._stopping: asyncio.Task[None] | None = None
+        self.is_stopping = False
+
+    @property
+    def server(self) -> str:
+        """Name of this server in the records."""
+        return self._server
+
+    @property
+    def num_unfinished(self) -> int:
+        """Jobs that wait or run here."""
+        return len(self._runs)
+
+    async def start(self) -> None:
+        """Fail what this server was at when it last ended, and begin to remove what expires.
+
+        Raises:
+            ConfigError: where another server of this name is running.
+            StoreError: where the database fails.
+        """
+        lost = await to_thread.run_sync(fail_lost, self._store, self._settings)
+        if lost:
+            self._log.warning("jobs of the former server have failed", num_jobs=lost)
+        self._spawn(self._sweep_for_ever())
+
+    def check_open(self) -> None:
+        """Refuse new work where the server is about to leave.
+
+        Raises:
+            ApiError: 503.
+        """
+        if self.is_stopping:
+            raise stopping()
+
+    async def check(self, request: GenerationRequest) -> None:
+        """Ask the pipeline whether it takes a request, before it is accepted.
+
+        Raises:
+            ApiError: 400 naming the field; 503 where nobody can be asked.
+        """
+        self.check_open()
+        try:
+            failure = await asyncio.wait_for(asyncio.wrap_future(self._engine.check(request)), CHECK_S)
+        except TimeoutError:
+            message = f"no rank answered within {CHECK_S:g} s whether it takes the request. Try again."
+            raise ApiError(503, message, code="not_ready", retry_after_s=5) from None
+        if failure is not None:
+            raise of_failure(failure)
+
+    async def begin(
+        self, job: Job, order: Order, *, wants_contents: bool = False, client: dict[str, Any] | None = None
+    ) -> Run:
+        """Let a job wait for ranks, and record it; its folder exists.
+
+        The engine is asked first: what its queue refuses leaves no record, and nothing is promised before there is one.
+
+        Args:
+            job: as it begins; its id is the order's.
+            order: for the engine.
+            wants_contents: whether the run shall keep the bytes of its results for its caller.
+            client: what the log says of who asked.
+
+        Raises:
+            QueueFullError: where too many wait.
+            NotReadyError: where there are no ranks.
+            StoreError: where it cannot be recorded; then the order is cancelled.
+        """
+        self.check_open()
+        run = Run(job, order, wants_contents=wants_contents, num_stages=self._num_stages)
+        run.client = client or {}
+        self._engine.submit(order, run.hear)
+        self._runs[job.id] = run
+        self._metrics.running.set(len(self._runs))
+        try:
+            await to_thread.run_sync(self._store.create, job)
+        except StoreError:
+            self.cancel(run, "deleted")
+            self._follow(run, is_recorded=False)
+            raise
+        self._follow(run)
+        return run
+
+    def run_of(self, job_id: str) -> Run | None:
+        """The run of a job that this server is at."""
+        return self._runs.get(job_id)
+
+    def position(self, job: Job) -> tuple[int, float] | None:
+        """How many are before a job in the queue, and about how many seconds; None where it does not wait here."""
+        return self._engine.position(job.id) if job.status == "queued" and job.id in self._runs else None
+
+    async def get(self, job_id: str, owner: str, kind: OutputKind | None = None) -> Job:
+        """A job as it is now.
+
+        Raises:
+            ApiError: 404 where there is none of that id, kind and owner.
+            StoreError: where the database fails.
+        """
+        job: Job | None
+        if job_id in self._runs:
+            job = self._runs[job_id].job
+        else:
+            job = self._unrecorded.get(job_id) or await to_thread.run_sync(self._store.get, job_id, owner)
+        if job is None or job.owner != owner or (kind is not None and job.kind != kind):
+            message = f"there is no {kind or 'job'} {job_id[:80]!r}: it never was, has expired, or was deleted."
+            raise ApiError(404, message, code="not_found", param="id")
+        return job
+
+    async def list(
+        self, owner: str, kind: OutputKind | None, *, limit: int, after: str | None, order: str
+    ) -> tuple[list[Job], bool]:
+        """A page of an owner's jobs, and whether there are more.
+
+        Raises:
+            UnknownJobError: for an `after` that is not among them.
+            StoreError: where the database fails.
+        """
+        jobs, has_more = await to_thread.run_sync(
+            lambda: self._store.list(owner, kind, limit, after, "asc" if order == "asc" else "desc")
+        )
+        return [self._now(job) for job in jobs], has_more
+
+    def _now(self, job: Job) -> Job:
+        run = self._runs.get(job.id)
+        return run.job if run else self._unrecorded.get(job.id, job)
+
+    def cancel(self, run: Run, reason: str) -> None:
+        """End a run at its next step; `is_over` follows once all ranks have let go.
+
+        Args:
+            run: which.
+            reason: client_left, deleted or server_stopped.
+        """
+        run.cancel_reason = run.cancel_reason or reason
+        self._engine.cancel(run.job.id)
+
+    async def delete(self, job: Job) -> None:
+        """Cancel a job where it is unfinished, wait until its ranks have let go, then remove files and record.
+
+        Raises:
+            ApiError: 409 for an unfinished job of another server; 503 where the ranks do not let go in time.
+            StoreError: where the database fails.
+        """
+        run = self._runs.get(job.id)
+        if run is not None:
+            self.cancel(run, "deleted")
+            try:
+                await asyncio.wait_for(run.is_over.wait(), DELETE_S)
+            except TimeoutError:
+                message = f"{job.id} is being cancelled, and its ranks are not at their next step yet. Try again."
+                raise ApiError(503, message, code="cancelling", retry_after_s=5) from None
+            job = run.job
+        elif job.id not in self._unrecorded and job.status in UNFINISHED:
+            message = f"{job.id} is made by another server ({job.server}), which alone can cancel it. Ask that one."
+            raise ApiError(409, message, code="other_server")
+        await self._keeping.discard(job.files)
+        await to_thread.run_sync(self._store.delete, job.id)
+        self._unrecorded.pop(job.id, None)
+
+    async def stop(self) -> None:
+        """Take no more work, end what runs with a reason, close the engine; idempotent, and callers share the wait."""
+        if self._stopping is None:
+            self.is_stopping = True
+            self._stopping = asyncio.create_task(self._stop())
+        await asyncio.shield(self._stopping)
+
+    async def _stop(self) -> None:
+        runs = list(self._runs.values())
+        for run in runs:
+            self.cancel(run, "server_stopped")
+        if runs:
+            await asyncio.wait([asyncio.create_task(run.is_over.wait()) for run in runs], timeout=STOP_S)
+        await to_thread.run_sync(self._engine.close)  # its last words end the runs that are left
+        waits = [asyncio.create_task(run.is_over.wait()) for run in self._runs.values()]
+        if waits:
+            await asyncio.wait(waits, timeout=STOP_S)
+        for run in list(self._runs.values()):
+            self._give_up(run, Failure(code="server_stopped", message=WORDS["server_stopped"]))
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._record_again()
+
+    # ---- a run, from its first event to its last
+
+    def _spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    def _follow(self, run: Run, *, is_recorded: bool = True) -> None:
+        task = self._spawn(self._hear(run, is_recorded))
+        task.add_done_callback(lambda task: self._settle(run, task))
+
+    def _settle(self, run: Run, task: asyncio.Task[None]) -> None:
+        """Nobody waits for ever for a run whose follower has failed, which is a defect."""
+        if run.is_over.is_set():
+            return
+        error = None if task.cancelled() else task.exception()
+        self._log.error("a run was not followed to its end", job=run.job.id, exc_info=error)
+        self._engine.cancel(run.job.id)
+        message = "a defect of the server ended this job. Its log says more."
+        self._give_up(run, Failure(code="internal_error", message=message))
+
+    def _give_up(self, run: Run, failure: Failure) -> None:
+        """End a run without its last event; the record follows later."""
+        run.job = replace(run.job, **ending(run, failure, Ended(id=run.job.id), self._settings.ttl_s))
+        self._unrecorded[run.job.id] = run.job
+        self._leave(run)
+
+    async def _hear(self, run: Run, is_recorded: bool) -> None:
+        noted_s = 0.0
+        while True:
+            event = await run.heard.get()
+            if isinstance(event, Ended):
+                await self._end(run, event, is_recorded)
+                return
+            progress = run.advance(event)
+            changes: dict[str, Any] = {} if progress is None else {"progress": progress}
+            if isinstance(event, Began):
+                changes = {"status": "in_progress", "started_at": time.time()}
+            elif isinstance(event, Step):
+                self._metrics.steps.inc()
+            elif isinstance(event, Made):
+                run.made.append(event.file)
+                run.saving.append(self._spawn(self._keeping.keep(run, event.file)))
+            if changes:
+                run.job = replace(run.job, **changes)
+            if is_recorded and changes and ("status" in changes or time.monotonic() - noted_s > NOTE_S):
+                noted_s = time.monotonic()
+                self._spawn(self._note(run.job.id, changes))
+
+    async def _note(self, job_id: str, changes: dict[str, Any]) -> None:
+        try:
+            await to_thread.run_sync(lambda: self._store.update(job_id, **changes))
+        except StoreError as error:  # the end of the job is recorded again and again; this is not
+            self._log.warning("progress could not be recorded", job=job_id, error=str(error))
+
+    async def _end(self, run: Run, ended: Ended, is_recorded: bool) -> None:
+        failure = ended.failure
+        problems = [one for one in await asyncio.gather(*run.saving, return_exceptions=True) if one is not None]
+        if failure is None and problems:
+            self._log.error("files could not be kept", job=run.job.id, exc_info=problems[0])
+            message = (
+                "it was made, and the server's storage did not take its files. Try again; its log says what is wrong."
+            )
+            failure = Failure(code="storage_failed", message=message)
+        if failure is None and not is_recorded:
+            failure = Failure(code="storage_failed", message="it could not be recorded, so it was given up. Try again.")
+        if failure is None and len(run.made) != run.order.request.num_images:
+            message = f"{len(run.made)} of {run.order.request.num_images} were made. Ask again; the log says more."
+            failure = Failure(code="generation_failed", message=message)
+        if failure is not None:
+            await self._keeping.discard(run.kept)
+        values = ending(run, failure, ended, self._settings.ttl_s)
+        run.job = replace(run.job, **values)
+        self._num_stages = max(self._num_stages, run.num_stages)
+        if is_recorded:
+            await self._record(run.job)
+        self._tell_log(run, ended)
+        await to_thread.run_sync(lambda: shutil.rmtree(run.order.folder, ignore_errors=True))
+        self._leave(run)
+
+    async def _record(self, job: Job) -> None:
+        """Write how a job ended; where the database fails, again later: until then this server knows it by heart."""
+        values = {name: getattr(job, name) for name in FIELDS}
+        try:
+            await to_thread.run_sync(lambda: self._store.update(job.id, **values))
+        except StoreError as error:
+            self._log.error("the end of a job could not be recorded yet", job=job.id, error=str(error))
+            self._unrecorded[job.id] = job
+        else:
+            self._unrecorded.pop(job.id, None)
+
+    async def _record_again(self) -> None:
+        for job in list(self._unrecorded.values()):
+            await self._record(job)
+
+    def _leave(self, run: Run) -> None:
+        self._runs.pop(run.job.id, None)
+        self._metrics.running.set(len(self._runs))
+        run.is_over.set()
+        run.tell({"type": "ended"})
+
+    def _tell_log(self, run: Run, ended: Ended) -> None:
+        job = run.job
+        if job.status == "completed":
+            self._metrics.jobs.labels(job.kind, "completed").inc()
+            self._metrics.observe(ended.timings)
+        elif job.error_code in ("cancelled", "server_stopped"):
+            self._metrics.jobs.labels(job.kind, "cancelled").inc()
+            self._metrics.cancels.labels(run.cancel_reason or "engine").inc()
+        else:
+            self._metrics.jobs.labels(job.kind, "failed").inc()
+            self._metrics.failures.labels(job.error_code).inc()
+        facts = {"size": job.size, "seed": job.seed, "num_images": run.order.request.num_images, **run.client}
+        error = {"code": job.error_code, "error": job.error_message} if job.error_code else {}
+        self._log.info("job", job=job.id, kind=job.kind, status=job.status, **facts, **error, **job.timings)
+
+    async def _sweep_for_ever(self) -> None:
+        while True:
+            try:
+                await self._record_again()
+                swept = await sweep(self._store, self._files, int(time.time()), self._settings.storage_bytes)
+                for failure in swept.failures:
+                    self._log.error("what has expired could not be removed yet", error=failure)
+            except StoreError as error:
+                self._log.error("what has expired could not be removed yet", error=str(error))
+            await asyncio.sleep(SWEEP_S)

@@ -1,0 +1,108 @@
+"""Jobs of whichever kind over HTTP: listed, looked at, followed, deleted.
+
+Owns the routes of `/v1/jobs`. Does not know how a job is made.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from anyio import to_thread
+from fastapi import APIRouter, Query, Request, Response
+
+from penstock.server.answers import job_answer
+from penstock.server.events import Event, stream
+from penstock.server.job import Job
+from penstock.server.openapi import STREAM, errors
+from penstock.server.runs import News, Run
+from penstock.server.schemas import Deleted, JobAnswer, JobPage
+from penstock.server.service import owner_of, service_of
+from penstock.server.videos import After, Limit
+
+router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
+
+Kind = Annotated[Literal["image", "video"] | None, Query(description="Only these.")]
+
+
+@router.get("", response_model=JobPage, responses=errors(400, 404, 503))
+async def list_jobs(
+    request: Request,
+    limit: Limit = 20,
+    after: After = None,
+    order: Literal["asc", "desc"] = "desc",
+    kind: Kind = None,
+) -> JobPage:
+    """The client's jobs, newest first."""
+    jobs = service_of(request).jobs
+    found, has_more = await jobs.list(owner_of(request), kind, limit=limit, after=after, order=order)
+    data = [job_answer(job, jobs, request) for job in found]
+    ends = (data[0].id, data[-1].id) if data else (None, None)
+    return JobPage(data=data, has_more=has_more, first_id=ends[0], last_id=ends[1])
+
+
+@router.get("/{job_id}", response_model=JobAnswer, responses=errors(404, 503))
+async def retrieve(request: Request, job_id: str) -> JobAnswer:
+    """A job as it is now."""
+    jobs = service_of(request).jobs
+    return job_answer(await jobs.get(job_id, owner_of(request)), jobs, request)
+
+
+@router.delete("/{job_id}", response_model=Deleted, responses=errors(404, 409, 503))
+async def delete(request: Request, job_id: str) -> Deleted:
+    """Cancel a job where it is unfinished, wait until its ranks have let go, and remove its files and its record."""
+    jobs = service_of(request).jobs
+    await jobs.delete(await jobs.get(job_id, owner_of(request)))
+    return Deleted(id=job_id, object="job.deleted")
+
+
+@router.get(
+    "/{job_id}/events",
+    response_class=Response,
+    responses={200: {"description": "Events until the job is over.", "content": STREAM}, **errors(404, 503)},
+)
+async def events(request: Request, job_id: str) -> Response:
+    """What happens to a job, as server-sent events: queued, progress, partial_image; at last completed or failed."""
+    jobs = service_of(request).jobs
+    job = await jobs.get(job_id, owner_of(request))
+    return stream(_events(request, job, jobs.run_of(job.id)), request)
+
+
+async def _events(request: Request, job: Job, run: Run | None) -> AsyncIterator[Event]:
+    jobs = service_of(request).jobs
+    if run is not None:
+        with run.listening() as feed:
+            async for news in feed:
+                event = await _event(news, request, run)
+                if event is not None:
+                    yield event
+        job = run.job
+    name = job.status if job.status in ("completed", "failed") else "progress"  # unfinished: another server's
+    yield name, {"type": name, "job": job_answer(job, jobs, request).model_dump()}
+
+
+async def _event(news: News, request: Request, run: Run) -> Event | None:
+    if news["type"] == "progress":
+        position = service_of(request).jobs.position(run.job)
+        if news["stage"] != "queue":
+            return "progress", {**news, "job_id": run.job.id}
+        waits: dict[str, Any] = {"position": None, "estimated_start_s": None}
+        if position is not None:
+            waits = {"position": position[0], "estimated_start_s": position[1]}
+        return "queued", {"type": "queued", "job_id": run.job.id, "seconds": news["seconds"], **waits}
+    if news["type"] == "partial_image":
+        content = await to_thread.run_sync(_content, Path(news["path"]))
+        if content is not None:
+            where = {"item": news["item"], "partial_image_index": news["index"]}
+            facts = {"output_format": run.order.format.name or "png", "job_id": run.job.id}
+            return "partial_image", {"type": "partial_image", **where, "b64_json": content, **facts}
+    return None
+
+
+def _content(path: Path) -> str | None:
+    try:
+        return base64.b64encode(path.read_bytes()).decode("ascii")
+    except FileNotFoundError:  # the run is over, and has taken it along
+        return None

@@ -1,0 +1,126 @@
+"""For those who run the server: is it alive, is it ready, what does it measure, how is it configured.
+
+Owns the routes `/health`, `/ready`, `/metrics` and `/v1/config`. Does not know jobs.
+"""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from anyio import to_thread
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+
+from penstock import __version__
+from penstock.server.metrics import CONTENT_TYPE
+from penstock.server.openapi import errors
+from penstock.server.service import Service, service_of
+
+router = APIRouter(tags=["operations"])
+
+if TYPE_CHECKING:
+    from penstock.engine.status import EngineStatus, GroupStatus
+
+_LIVE = ("idle", "busy")
+_RETRY = {"retry-after": "5"}
+_OBJECT = {"application/json": {"schema": {"type": "object"}}}
+_TEXT = {"text/plain": {"schema": {"type": "string"}}}
+
+
+@router.get(
+    "/health",
+    response_class=JSONResponse,
+    responses={
+        200: {"description": "ok, or degraded where some groups of ranks are not live.", "content": _OBJECT},
+        503: {"description": "No group of ranks is live.", "content": _OBJECT},
+    },
+)
+async def health(request: Request) -> JSONResponse:
+    """Whether anything can be made, and what the ranks do."""
+    service = service_of(request)
+    status = service.engine.status()
+    words = _health(status)
+    body = {
+        "status": words,
+        "queue_depth": status.queue_depth,
+        "max_queue": service.settings.max_queue,
+        "jobs_unfinished": service.jobs.num_unfinished,
+        "steps_per_s": status.steps_per_s,
+        "groups": [_shown(group) for group in status.groups],
+    }
+    is_up = words in ("ok", "degraded")
+    return JSONResponse(body, 200 if is_up else 503, None if is_up else _RETRY)
+
+
+@router.get(
+    "/ready",
+    response_class=JSONResponse,
+    responses={
+        200: {"description": "Requests are taken.", "content": _OBJECT},
+        503: {"description": "Not yet, or no longer.", "content": _OBJECT},
+    },
+)
+async def ready(request: Request) -> JSONResponse:
+    """Whether new requests are taken."""
+    service = service_of(request)
+    live = any(group.state in _LIVE for group in service.engine.status().groups)
+    if live and not service.jobs.is_stopping:
+        return JSONResponse({"ready": True})
+    reason = "stopping" if service.jobs.is_stopping else "no group of ranks is ready"
+    return JSONResponse({"ready": False, "reason": reason}, 503, _RETRY)
+
+
+@router.get(
+    "/metrics",
+    response_class=Response,
+    responses={200: {"description": "For Prometheus.", "content": _TEXT}},
+)
+async def metrics(request: Request) -> Response:
+    """Counters, gauges and histograms, as Prometheus reads them."""
+    service = service_of(request)
+    text = await to_thread.run_sync(service.metrics.text)
+    return Response(text, headers={"content-type": CONTENT_TYPE})
+
+
+@router.get("/v1/config", responses=errors(503))
+async def config(request: Request) -> dict[str, Any]:
+    """The configuration that took effect; keys and passwords are not in it."""
+    service = service_of(request)
+    description = service.engine.description
+    return {
+        "version": __version__,
+        "python": platform.python_version(),
+        "model": service.names[0],
+        "server": public_settings(service),
+        "asked": service.options,
+        "effective": None if description is None else description.get("effective"),
+    }
+
+
+def public_settings(service: Service) -> dict[str, Any]:
+    """The server's settings without what opens something."""
+    settings = asdict(service.settings)
+    settings["api_key"] = f"{len(service.settings.api_key)} keys" if service.settings.api_key else None
+    for name in ("database", "storage"):
+        scheme, _, rest = settings[name].partition("://")
+        if "@" in rest:
+            settings[name] = f"{scheme}://***@{rest.rpartition('@')[2]}"
+    settings["server_name"] = service.jobs.server
+    return settings
+
+
+def _shown(group: GroupStatus) -> dict[str, Any]:
+    """A group as everybody may see it: the ids of jobs are their owners' business."""
+    shown = asdict(group)
+    num_orders = len(shown.pop("order_ids"))
+    return {**shown, "num_orders": num_orders}
+
+
+def _health(status: EngineStatus) -> str:
+    states = [group.state for group in status.groups]
+    live = sum(state in _LIVE for state in states)
+    if live:
+        return "ok" if live == len(states) else "degraded"
+    return "starting" if any(state == "starting" for state in states) else "down"

@@ -1,0 +1,124 @@
+// One request on its way: asked, followed step by step, cancelled.
+
+import { ApiError, call, events, get } from "./api.js";
+
+const PARTIALS = 2;
+const AGAIN_MS = 1000;
+export const UNFINISHED = ["queued", "in_progress"];
+
+export class Run {
+  /** `asked` holds the API's names; `onChange(run)` is called whenever something is new. */
+  constructor(kind, asked, onChange) {
+    Object.assign(this, { kind, asked, onChange, id: null, job: null, error: null, state: "queued" });
+    Object.assign(this, { stage: "queue", step: 0, total: 0, item: 0, share: 0, ahead: null, partials: [] });
+    this.count = asked.n ?? 1;
+    this.begunMs = performance.now();
+    this.abort = new AbortController();
+  }
+
+  /** A request that this page, before it was loaded again, or somebody else with the same key has made. */
+  static of(job, onChange) {
+    const run = new Run(job.kind, { ...job.arguments, prompt: job.prompt }, onChange);
+    run.begunMs -= Date.now() - 1000 * job.created_at;
+    return Object.assign(run, { id: job.id, job });
+  }
+
+  get isOver() {
+    return ["completed", "failed", "cancelled"].includes(this.state);
+  }
+
+  get elapsedS() {
+    return ((this.endMs ?? performance.now()) - this.begunMs) / 1000;
+  }
+
+  /** Carry it out; returns when it is over, well or not. */
+  async go() {
+    let error = await this.#attempt();
+    while (this.id && (error ? error.code === "unreachable" : UNFINISHED.includes(this.job?.status))) {
+      if (this.state !== "cancelling") this.state = "lost"; // the connection broke; the job may go on
+      this.onChange(this);
+      await new Promise((resolve) => setTimeout(resolve, AGAIN_MS));
+      error = await this.#attempt();
+    }
+    const isCancelled = this.state === "cancelling" || (error ?? this.job?.error)?.code === "cancelled";
+    this.state = isCancelled ? "cancelled" : error ? "failed" : (this.job?.status ?? "cancelled");
+    this.error = isCancelled ? null : error;
+    this.endMs = performance.now();
+    this.abort.abort();
+    this.onChange(this);
+  }
+
+  /** Ask, or where that is done, follow; then look at the job. Returns what went wrong, if anything. */
+  async #attempt() {
+    let error = null;
+    try {
+      if (this.id) await this.#follow();
+      else if (this.kind === "image") await this.#makePictures();
+      else await this.#makeVideo();
+    } catch (caught) {
+      if (caught.name !== "AbortError" && !(caught instanceof ApiError)) throw caught;
+      error = caught;
+    }
+    if (this.id) this.job = await get(`v1/jobs/${this.id}`).catch(() => null); // it was deleted, or nobody answers
+    return error;
+  }
+
+  async cancel() {
+    if (this.isOver) return;
+    this.state = "cancelling";
+    this.onChange(this);
+    if (this.id) await call(`v1/jobs/${this.id}`, { method: "DELETE" }).catch(() => {});
+    this.abort.abort();
+  }
+
+  /** The pictures' own stream lives as long as somebody wants them; how far they are is told by their job's. */
+  async #makePictures() {
+    const body = bodyOf({ ...this.asked, stream: true, partial_images: PARTIALS }, "image");
+    const path = this.asked.image ? "v1/images/edits" : "v1/images/generations";
+    const answer = await call(path, { method: "POST", body, signal: this.abort.signal });
+    this.id = answer.headers.get("x-penstock-job-id");
+    const following = this.#follow().catch(() => {}); // what goes wrong, the other one says too
+    for await (const { name, data } of events(answer)) {
+      if (name.endsWith(".partial_image")) this.#setPartial(data);
+    }
+    await following;
+  }
+
+  async #makeVideo() {
+    const body = bodyOf(this.asked, "input_reference");
+    const job = await get("v1/videos", { method: "POST", body, signal: this.abort.signal });
+    this.id = job.id;
+    await this.#follow();
+  }
+
+  async #follow() {
+    const answer = await call(`v1/jobs/${this.id}/events`, { signal: this.abort.signal });
+    for await (const { name, data } of events(answer)) {
+      if (name === "partial_image") this.#setPartial(data);
+      if (name === "queued") Object.assign(this, { state: "queued", ahead: data.position });
+      if (name === "progress") {
+        const { stage, step, total, item, progress } = data;
+        if (this.state !== "cancelling") this.state = "running";
+        Object.assign(this, { stage, step, total, item, share: progress / 100 });
+      }
+      this.onChange(this);
+    }
+  }
+
+  #setPartial({ b64_json: picture, output_format: format = "png", item = 0 }) {
+    this.partials[item] = `data:image/${format};base64,${picture}`;
+    this.onChange(this);
+  }
+}
+
+/** What is asked for as it is sent: JSON, or with a picture a form, where `picture` is its field. */
+function bodyOf({ image, ...fields }, picture) {
+  if (!image) return fields;
+  const form = new FormData();
+  form.append(picture, image);
+  for (const [name, value] of Object.entries(fields)) {
+    const isWhole = value instanceof File || typeof value !== "object";
+    form.append(name, isWhole ? value : JSON.stringify(value));
+  }
+  return form;
+}

@@ -1,0 +1,125 @@
+"""Videos that go on from others, over HTTP: remix and edit begin from the first frame of a video.
+
+Owns those routes, and the picture that is taken out of a video. Does not know how a request is checked or run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from anyio import to_thread
+from fastapi import APIRouter, Request, Response
+from starlette.datastructures import UploadFile
+
+from penstock.server.answers import video_answer
+from penstock.server.bodies import FORM, JSON, Body, reading
+from penstock.server.failures import ApiError, invalid
+from penstock.server.files import Files
+from penstock.server.frames import write_first_frame
+from penstock.server.making import begin, offered
+from penstock.server.openapi import errors
+from penstock.server.pictures import Taken
+from penstock.server.schemas import RemixAsk, VideoAnswer, VideoAsk
+from penstock.server.service import owner_of, service_of
+from penstock.server.videos import require_completed
+
+router = APIRouter(prefix="/v1/videos", tags=["videos"])
+
+_MADE = errors(400, 404, 409, 413, 415, 429, 501, 503, 507)
+_CHUNK_BYTES = 2**20
+
+
+@router.post("/{video_id}/remix", response_model=VideoAnswer, responses=_MADE)
+async def remix(request: Request, video_id: str) -> VideoAnswer:
+    """Make a video from the first frame of another, with its settings and a new prompt."""
+    async with reading(request, JSON) as body:
+        prompt = body.fields(RemixAsk).prompt
+    return await _go_on(request, video_id, {"prompt": prompt}, "video_id")
+
+
+@router.post("/edits", response_model=VideoAnswer, responses=_MADE)
+async def edit(request: Request) -> VideoAnswer:
+    """Make a video from the first frame of a video that is sent along, or of one that was made here."""
+    async with reading(request, FORM, JSON) as body:
+        _require_pictures(request, "video")
+        sent = body.files.pop("video", [])
+        video = body.take("video")
+        if isinstance(video, Mapping) and isinstance(video.get("id"), str):
+            return await _go_on(request, video["id"], body.values, "video")
+        if len(sent) != 1:
+            raise invalid("video", 'a video is wanted: one file in a form, or {"id": ...} of a video here, in JSON.')
+        taken = Taken(bring=lambda folder: _frame_of_upload(sent[0], folder))
+        run = await begin(request, VideoAsk, body, taken, kind="video")
+    return video_answer(run.job, service_of(request).jobs)
+
+
+@router.post("/extensions", include_in_schema=False)
+async def extend(request: Request) -> Response:
+    """Not supported: no pipeline goes on where a video ends."""
+    raise _unsupported("to extend a video", "Make a longer one: give seconds or num_frames.")
+
+
+@router.post("/characters", include_in_schema=False)
+async def create_character(request: Request) -> Response:
+    """Not supported: no pipeline has characters."""
+    raise _unsupported("to make a character", "Say in the prompt who is seen, or give an adapter in lora.")
+
+
+@router.get("/characters/{character_id}", include_in_schema=False)
+async def get_character(request: Request, character_id: str) -> Response:
+    """Not supported: no pipeline has characters."""
+    raise _unsupported("to look at a character", "Say in the prompt who is seen, or give an adapter in lora.")
+
+
+def _unsupported(what: str, instead: str) -> ApiError:
+    return ApiError(501, f"it is not supported {what}. {instead}", code="unsupported")
+
+
+def _require_pictures(request: Request, param: str) -> None:
+    pipeline = offered(service_of(request), "video")
+    if not pipeline.accepts_image:
+        message = f"{pipeline.name} begins from a prompt alone, so it cannot go on from a video. Make a new one."
+        raise invalid(param, message, code="unsupported_by_model")
+
+
+async def _go_on(request: Request, video_id: str, values: Mapping[str, Any], param: str) -> VideoAnswer:
+    service = service_of(request)
+    source = await service.jobs.get(video_id, owner_of(request), "video")
+    _require_pictures(request, param)
+    require_completed(source)
+    name = source.results()[0].name
+    body = Body(values={**source.arguments, **values})
+    taken = Taken(bring=lambda folder: _frame_of_file(service.files, name, folder))
+    run = await begin(request, VideoAsk, body, taken, kind="video", remixed_from=source.id)
+    return video_answer(run.job, service.jobs)
+
+
+async def _frame_of_file(files: Files, name: str, folder: Path) -> dict[str, tuple[str, ...]]:
+    video = folder / "source.mp4"
+    try:
+        _, chunks = await files.get(name)
+    except FileNotFoundError:
+        raise ApiError(404, "the video's file has expired. Make it again.", code="not_found") from None
+    with video.open("wb") as target:
+        async for chunk in chunks:
+            await to_thread.run_sync(target.write, chunk)
+    return await _frame(video)
+
+
+async def _frame_of_upload(upload: UploadFile, folder: Path) -> dict[str, tuple[str, ...]]:
+    video = folder / "source.mp4"
+    with video.open("wb") as target:
+        while chunk := await upload.read(_CHUNK_BYTES):
+            await to_thread.run_sync(target.write, chunk)
+    return await _frame(video)
+
+
+async def _frame(video: Path) -> dict[str, tuple[str, ...]]:
+    picture = video.with_name("source.png")
+    try:
+        await to_thread.run_sync(write_first_frame, video, picture)
+    except ValueError as error:
+        raise invalid("video", f"the video cannot be read: {error}. Send an MP4 file.") from None
+    return {"image": (str(picture),)}

@@ -1,0 +1,145 @@
+"""Opening a database: what is refused, in which words, and what is left alone."""
+
+from __future__ import annotations
+
+import sqlite3
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+
+from penstock.errors import ConfigError
+from penstock.server.database import SCHEMA, Database, StoreError
+
+HOLD = """
+import sys, time
+from penstock.server.database import Database
+database = Database(sys.argv[1])
+database.lease("alpha")
+print("held", flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize(
+    "url", ["", "nonsense", "mysql://user:hunter2@host/name", "postgresql://user:hunter2@host:hunter2/name"]
+)
+def test_a_url_that_names_no_database_is_refused_without_its_password(url: str) -> None:
+    with pytest.raises(ConfigError, match="sqlite:///folder/file or postgresql://") as caught:
+        Database(url)
+    assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize("url", ["sqlite://", "sqlite:///:memory:", "sqlite://folder/file"])
+def test_jobs_are_not_kept_in_memory(url: str) -> None:
+    with pytest.raises(ConfigError, match="names no file"):
+        Database(url)
+
+
+def test_a_folder_is_made_and_a_file_in_the_way_is_named(tmp_path: Path) -> None:
+    Database(f"sqlite:///{tmp_path}/new/folder/jobs.sqlite").close()
+    assert (tmp_path / "new" / "folder" / "jobs.sqlite").is_file()
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="folder of the database .*cannot be made"):
+        Database(f"sqlite:///{tmp_path}/file/jobs.sqlite")
+
+
+def test_what_is_no_database_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "letter"
+    path.write_text("Dear reader, " * 100, "utf-8")
+    with pytest.raises(ConfigError, match="cannot be opened: file is not a database"):
+        Database(f"sqlite:///{path}")
+    assert path.read_text("utf-8").startswith("Dear reader")
+    with pytest.raises(ConfigError, match="cannot be opened"):
+        Database(f"sqlite:///{tmp_path}")
+
+
+def test_a_refused_connection_and_a_wrong_password_do_not_show_it(postgres_url: str) -> None:
+    with pytest.raises(ConfigError, match="postgresql://127.0.0.1:1/name cannot be opened") as caught:
+        Database("postgresql://user:hunter2@127.0.0.1:1/name")
+    assert "hunter2" not in str(caught.value) and caught.value.__cause__ is None
+    start, _, rest = postgres_url.partition("@")
+    with pytest.raises(ConfigError, match="password authentication failed") as caught:
+        Database(f"{start.rpartition(':')[0]}:hunter2@{rest}")
+    assert "hunter2" not in str(caught.value)
+
+
+def test_a_missing_driver_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "psycopg", None)
+    with pytest.raises(ConfigError, match=r"pip install penstock\[postgres\]"):
+        Database("postgresql://user:hunter2@host/name")
+
+
+def test_tables_of_another_layout_are_left_alone(database_url: str) -> None:
+    database = Database(database_url)
+    with database.writing() as connection:
+        connection.execute(sa.text(f"UPDATE penstock_schema SET number = {SCHEMA + 1}"))
+    database.close()
+    with pytest.raises(ConfigError, match=f"layout {SCHEMA + 1}, and this penstock knows layout {SCHEMA}"):
+        Database(database_url)
+
+
+def test_many_open_a_new_database_at_once(database_url: str) -> None:
+    opened: list[Database] = []
+    failures: list[ConfigError] = []
+
+    def open_one() -> None:
+        try:
+            opened.append(Database(database_url))
+        except ConfigError as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=open_one) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for database in opened:
+        database.close()
+    assert not failures and len(opened) == 8
+
+
+def test_a_block_that_fails_changes_nothing(database_url: str) -> None:
+    database = Database(database_url)
+    with pytest.raises(StoreError, match="failed: .*penstock_nothing"), database.writing() as connection:
+        connection.execute(sa.text("DELETE FROM penstock_schema"))
+        connection.execute(sa.text("DELETE FROM penstock_nothing"))
+    with database.reading() as connection:
+        assert connection.scalar(sa.text("SELECT number FROM penstock_schema")) == SCHEMA
+    database.close()
+
+
+def test_sqlite_reads_beside_its_writer(tmp_path: Path) -> None:
+    database = Database(f"sqlite:///{tmp_path}/jobs.sqlite")
+    with database.writing() as writer:
+        writer.execute(sa.text("DELETE FROM penstock_schema"))
+        with database.reading() as reader:
+            assert reader.scalar(sa.text("SELECT number FROM penstock_schema")) == SCHEMA
+    database.close()
+    with sqlite3.connect(tmp_path / "jobs.sqlite") as connection:
+        assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    connection.close()
+
+
+def test_a_name_is_held_by_one_until_its_process_ends(database_url: str) -> None:
+    database = Database(database_url)
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, database_url], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None
+    with holder.stdout:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(ConfigError, match="a server named 'alpha' is running"):
+            database.lease("alpha")
+        database.lease("beta")
+        database.close()
+        holder.kill()
+        holder.wait()
+    for name in ("alpha", "beta"):
+        other = Database(database_url)
+        other.lease(name)
+        other.lease(name)
+        assert other.is_leased
+        other.close()
+        assert not other.is_leased

@@ -1,0 +1,49 @@
+"""What is counted and measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from penstock.server.metrics import Metrics
+from penstock.wire import Timings
+from tests.server.engine_double import EngineDouble
+
+
+@pytest.fixture
+def engine() -> Iterator[EngineDouble]:
+    double = EngineDouble()
+    yield double
+    double.close()
+
+
+def test_everything_that_is_promised_is_there(engine: EngineDouble) -> None:
+    metrics = Metrics(engine)  # type: ignore[arg-type]
+    metrics.observe(Timings(queue_s=1, encode_s=2, denoise_s=3, decode_s=4, save_s=5, total_s=15, num_steps=8))
+    metrics.jobs.labels("image", "completed").inc()
+    metrics.failures.labels("out_of_memory").inc()
+    metrics.cancels.labels("client_left").inc()
+    metrics.requests.labels("GET", "/health", 200).inc()
+    families = {family.name: family for family in text_string_to_metric_families(metrics.text().decode())}
+    for part, seconds in {"queue": 1, "encode": 2, "denoise": 3, "decode": 4, "save": 5, "total": 15}.items():
+        samples = {sample.name: sample.value for sample in families[f"penstock_{part}_seconds"].samples}
+        assert samples[f"penstock_{part}_seconds_sum"] == seconds
+    names = "queue_depth steps_per_second groups group_restarts device_weight_bytes host_weight_bytes jobs failures"
+    assert {f"penstock_{name}" for name in (*names.split(), "cancels", "http_requests", "steps")} <= families.keys()
+    (sample,) = families["penstock_host_weight_bytes"].samples
+    assert sample.labels == {"group": "0", "rank": "0"} and sample.value == 2000
+
+
+def test_the_engine_is_asked_when_somebody_looks(engine: EngineDouble) -> None:
+    metrics = Metrics(engine)  # type: ignore[arg-type]
+    assert b'penstock_groups{state="idle"} 1.0' in metrics.text()
+    engine.state = "restarting"
+    assert b'penstock_groups{state="restarting"} 1.0' in metrics.text()
+
+
+def test_servers_count_apart(engine: EngineDouble) -> None:
+    one, other = Metrics(engine), Metrics(engine)  # type: ignore[arg-type]
+    one.steps.inc(3)
+    assert b"penstock_steps_total 3.0" in one.text() and b"penstock_steps_total 0.0" in other.text()
