@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import gc
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from penstock.errors import UsageError
 from penstock.offload.released import is_in_memory
+from penstock.weights.ranges import PAGE_BYTES
 from tests.offload.toys import Pipeline, streamed
+from tests.weights.test_maps import private_bytes
 
 
 class Alone:
@@ -100,3 +104,16 @@ def test_what_was_made_or_placed_in_inference_mode_is_afterwards_what_it_was(
     with torch.inference_mode(is_made_so), torch.no_grad():
         pipeline.transformer.head.weight.mul_(0)
     assert not torch.equal(pipeline(), wanted)
+
+
+def test_changed_pages_of_a_mapped_file_are_given_back(tmp_path: Path) -> None:
+    pipeline, file = Pipeline(), tmp_path / "1.safetensors"
+    save_file({"table": torch.arange(50_000.0), "other": torch.ones(3)}, file)
+    mapped = load_file(file)  # as a whole, as long as anybody has any of it
+    pipeline.transformer.table = torch.nn.Parameter(mapped.pop("table"), requires_grad=False)
+    pipeline.transformer.table += 1
+    assert private_bytes(file) >= 200_000
+    with streamed(pipeline, sharers=Alone()):
+        assert private_bytes(file) <= 2 * PAGE_BYTES
+    assert torch.equal(pipeline.transformer.table, torch.arange(50_000.0) + 1)
+    assert torch.equal(mapped["other"], torch.ones(3))

@@ -11,8 +11,8 @@ from diffusers import AutoencoderTiny
 from safetensors.torch import load_file, save_file
 
 from penstock.weights.index import read_header, read_index
-from penstock.weights.maps import MappedFiles, file_identity
-from penstock.weights.ranges import FileRange
+from penstock.weights.maps import MappedFiles, file_identity, give_back
+from penstock.weights.ranges import PAGE_BYTES, FileRange, memory_of
 
 TENSORS = {
     "half": torch.randn(5000).to(torch.bfloat16),
@@ -151,3 +151,31 @@ def test_identity_is_of_the_file_and_not_of_its_name(file: Path) -> None:
     assert file_identity(link) == before
     os.utime(file, ns=(0, 1))
     assert file_identity(file) != before
+
+
+def private_bytes(file: Path) -> int:
+    """What this process has written to a mapped file."""
+    regions = Path("/proc/self/smaps").read_text().split("VmFlags")
+    lines = [line for region in regions if str(file) in region for line in region.splitlines()]
+    return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith("Anonymous:"))
+
+
+@pytest.mark.parametrize("is_held", [True, False])
+def test_pages_that_were_written_to_are_given_back_unless_somebody_has_them(file: Path, is_held: bool) -> None:
+    loaded = load_file(file)
+    loaded["large"] += 1
+    assert private_bytes(file) >= 36_000
+    memories, held = [memory_of(loaded["large"])], loaded["large"][3000:] if is_held else None
+    del loaded["large"]
+    given = give_back(memories)
+    assert not memories
+    if held is not None:
+        assert given == 0 and torch.equal(held, TENSORS["large"][3000:] + 1)
+    else:
+        assert given >= 36_000 - 2 * PAGE_BYTES
+        assert private_bytes(file) <= 2 * PAGE_BYTES
+    assert torch.equal(loaded["half"], TENSORS["half"]) and torch.equal(loaded["small"], TENSORS["small"])
+
+
+def test_other_memory_is_nobodys_business() -> None:
+    assert give_back([memory_of(torch.ones(100_000))]) == 0

@@ -14,8 +14,9 @@ import torch
 from penstock.offload.residency import Residency, Tenant
 from penstock.offload.units import Unit, Weight
 from penstock.undo import Undo
+from penstock.weights.maps import give_back
 from penstock.weights.proof import Proof
-from penstock.weights.ranges import HostRange, Unread
+from penstock.weights.ranges import HostRange, Piece, Unread
 
 
 def is_in_memory(unit: Unit) -> bool:
@@ -37,6 +38,7 @@ def let_go(residency: Residency, undo: Undo, proof: Proof | None = None) -> None
     """
     gone: list[tuple[Tenant, list[Weight]]] = []
     undo.add(partial(_bring_all_back, residency, gone))
+    memories: list[torch.Tensor] = []
     for tenant in residency.tenants:
         weights = [weight for weight in tenant.unit.weights if _is_in_memory(tenant.unit, weight)]
         if not weights:
@@ -44,13 +46,21 @@ def let_go(residency: Residency, undo: Undo, proof: Proof | None = None) -> None
         if proof is not None:
             proof.expect(tenant.name, tenant.unit.pieces)
         gone.append((tenant, weights))
-        pieces = tenant.unit.pieces
-        for number, piece in enumerate(pieces):
-            if isinstance(piece.range, HostRange):
-                pieces[number] = replace(piece, range=Unread(piece.range.num_bytes))
+        memories += _taken(tenant.unit.pieces)
         for weight in weights:
             with torch.inference_mode(weight.original.is_inference()):
                 weight.original.data = torch.empty(0, dtype=weight.original.dtype)
+    give_back(memories)
+
+
+def _taken(pieces: list[Piece]) -> list[torch.Tensor]:
+    """The memory of pieces, which they do not have any more."""
+    memories = []
+    for number, piece in enumerate(pieces):
+        if isinstance(piece.range, HostRange):
+            memories.append(piece.range.memory)
+            pieces[number] = replace(piece, range=Unread(piece.range.num_bytes))
+    return memories
 
 
 def _bring_all_back(residency: Residency, gone: list[tuple[Tenant, list[Weight]]]) -> None:

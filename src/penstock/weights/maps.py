@@ -11,6 +11,7 @@ count as memory.
 from __future__ import annotations
 
 import bisect
+import ctypes
 import mmap
 import os
 import stat
@@ -18,12 +19,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from penstock.errors import WeightsError
 from penstock.weights.index import ITEM_BYTES, TensorRecord, read_header
-from penstock.weights.ranges import FileRange
+from penstock.weights.ranges import FileRange, align
 
 _ENTRY_BYTES = 8  # of one page in pagemap
 _SWAPPED, _OF_FILE = 1 << 62, 1 << 61
@@ -82,6 +84,33 @@ class MappedFiles:
             return records[offset]
         below = [begin for begin in records if begin < offset]  # a view into a tensor
         return records[max(below)] if below else None
+
+
+def give_back(memories: list[torch.Tensor]) -> int:
+    """Free what was written to in mapped files, and is not needed any more; returns the bytes.
+
+    A file's mapping ends as a whole: the pages of a tensor that is gone, and that were changed, stay. Freed, they would
+    read as the file again. So this is done to whole pages only, of memory whose storage nobody else has.
+
+    Args:
+        memories: not needed any more; the list is emptied.
+    """
+    regions = [region for region in _regions() if region.is_written]
+    libc: Any = ctypes.CDLL(None) if regions else None
+    num_bytes = 0
+    while memories:
+        memory = memories.pop()
+        address, storage = memory.data_ptr(), memory.untyped_storage()
+        begin = align(address, mmap.PAGESIZE)
+        end = (address + memory.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+        del memory
+        count: Any = torch._C
+        if begin >= end or count._storage_Use_Count(storage._cdata) > 1:
+            continue
+        if any(region.begin <= begin and end <= region.end for region in regions):
+            failed = libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_DONTNEED)
+            num_bytes += 0 if failed else end - begin
+    return num_bytes
 
 
 def _regions() -> Iterator[_Region]:
