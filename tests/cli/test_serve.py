@@ -40,11 +40,28 @@ def serve(*arguments: str) -> Any:
 
 def test_every_flag_reaches_its_setting(started: dict[str, Any], tmp_path: Path) -> None:
     given = {
-        "host": "0.0.0.0", "port": 1234, "api_key": ["a", "b"], "served_model_name": "painter", "max_queue": 3,
-        "max_batch_size": 2, "max_images": 4, "max_pixels": "64x64", "max_steps": 5, "max_frames": 6,
-        "max_upload": "1MiB", "storage": "memory:", "database": "sqlite:///x", "max_storage": "2GiB", "ttl_s": 7,
-        "server_name": "alpha", "lora_dir": str(tmp_path), "allow_remote_media": ["a.org", "*.b.org"],
-        "start_timeout_s": 8.0, "step_timeout_s": 9.0, "log_format": "json", "no_auth": True,
+        "host": "0.0.0.0",
+        "port": 1234,
+        "api_key": ["a", "b"],
+        "served_model_name": "painter",
+        "max_queue": 3,
+        "max_batch_size": 2,
+        "max_images": 4,
+        "max_pixels": "64x64",
+        "max_steps": 5,
+        "max_frames": 6,
+        "max_upload": "1MiB",
+        "storage": "memory:",
+        "database": "sqlite:///x",
+        "max_storage": "2GiB",
+        "ttl_s": 7,
+        "server_name": "alpha",
+        "lora_dir": str(tmp_path),
+        "allow_remote_media": ["a.org", "*.b.org"],
+        "start_timeout_s": 8.0,
+        "step_timeout_s": 9.0,
+        "log_format": "json",
+        "no_auth": True,
     }
     assert given.keys() == {item.name for item in dataclasses.fields(ServeConfig)}
     flags = []

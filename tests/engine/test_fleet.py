@@ -36,11 +36,12 @@ from penstock.wire import (
 class Post:
     """Hands over what a test has ranks say, and keeps what they are told."""
 
-    address = "ipc:///nowhere"
-
     def __init__(self) -> None:
         self.coming: list[tuple[str, Any]] = []
         self.told: list[tuple[str, Any]] = []
+
+    def open(self) -> str:
+        return "ipc:///nowhere"
 
     def hear(self, timeout_ms: int) -> list[tuple[str, Any]]:
         coming, self.coming = self.coming, []

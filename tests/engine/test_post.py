@@ -15,10 +15,11 @@ from penstock.wire import Beat, Cancel, encode, read_to_rank
 
 def test_messages_travel_both_ways() -> None:
     post = Post()
+    address = post.open()
     with zmq.Context() as context, context.socket(zmq.DEALER) as rank:
         rank.linger = 0
         rank.identity = b"0.0.0"
-        rank.connect(post.address)
+        rank.connect(address)
         rank.send(encode(Beat(host_bytes=7)))
         assert post.hear(5000) == [("0.0.0", Beat(host_bytes=7))]
         post.send("0.0.0", Cancel("a"))
@@ -30,7 +31,7 @@ def test_messages_travel_both_ways() -> None:
 
 def test_only_this_user_can_reach_it_and_nothing_is_left() -> None:
     post = Post()
-    folder = Path(post.address.removeprefix("ipc://")).parent
+    folder = Path(post.open().removeprefix("ipc://")).parent
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     post.close()
     assert not folder.exists()
@@ -38,6 +39,8 @@ def test_only_this_user_can_reach_it_and_nothing_is_left() -> None:
 
 def test_it_is_woken_from_another_thread() -> None:
     post = Post()
+    post.wake()  # nobody listens yet
+    post.open()
     begun_s = time.monotonic()
     threading.Timer(0.05, post.wake).start()
     assert post.hear(20_000) == [] and time.monotonic() - begun_s < 10

@@ -22,14 +22,22 @@ from penstock.wire import Beat, Check, Checked, Close, Loading, Ready, Refused
 NAME = "0.0.0"
 
 
+class Listener(Post):
+    """A post that is open, and where."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.address = self.open()
+
+
 @pytest.fixture
-def post() -> Iterator[Post]:
-    post = Post()
+def post() -> Iterator[Listener]:
+    post = Listener()
     yield post
     post.close()
 
 
-def start(post: Post, model: str, stdin: bytes | None = None) -> subprocess.Popen[bytes]:
+def start(post: Listener, model: str, stdin: bytes | None = None) -> subprocess.Popen[bytes]:
     config = WorkConfig(
         address=post.address, name=NAME, model=model, load=LoadConfig(device="cpu"), parallel=ParallelConfig()
     )
@@ -47,13 +55,13 @@ def start(post: Post, model: str, stdin: bytes | None = None) -> subprocess.Pope
 
 
 def hear(post: Post, kind: type, timeout_s: float = 60.0) -> list[Any]:
-    """All messages up to the first of a kind."""
+    """All messages up to the first of a kind; that one is put last."""
     heard: list[Any] = []
     deadline_s = time.monotonic() + timeout_s
     while not any(isinstance(message, kind) for message in heard):
         assert time.monotonic() < deadline_s, heard
         heard += [message for _, message in post.hear(100)]
-    return heard
+    return sorted(heard, key=lambda message: isinstance(message, kind))
 
 
 def end(process: subprocess.Popen[bytes]) -> tuple[int, str]:
@@ -63,7 +71,7 @@ def end(process: subprocess.Popen[bytes]) -> tuple[int, str]:
     return process.wait(30), said
 
 
-def test_it_loads_answers_beats_and_leaves(post: Post) -> None:
+def test_it_loads_answers_beats_and_leaves(post: Listener) -> None:
     process = start(post, "demo")
     heard = hear(post, Ready)
     assert any(isinstance(message, Loading) for message in heard)
@@ -79,13 +87,13 @@ def test_it_loads_answers_beats_and_leaves(post: Post) -> None:
     assert end(process) == (0, "")
 
 
-def test_what_cannot_be_loaded_is_told_to_the_engine(post: Post) -> None:
+def test_what_cannot_be_loaded_is_told_to_the_engine(post: Listener) -> None:
     process = start(post, "nowhere")
     refused = hear(post, Refused)[-1]
     assert refused.kind == "ModelNotFoundError" and "nowhere" in refused.message
     assert end(process)[0] == 1
 
 
-def test_garbage_is_no_configuration(post: Post) -> None:
+def test_garbage_is_no_configuration(post: Listener) -> None:
     code, said = end(start(post, "demo", stdin=b"{}"))
     assert code == 1 and "missing required field" in said

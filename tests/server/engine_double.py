@@ -149,12 +149,15 @@ class EngineDouble:
         self._queue.put(None)
         self._thread.join(10)
 
+    def require_room(self) -> None:
+        if self.description is None or self.is_closed:
+            raise NotReadyError("no group of ranks is ready. Try again.")
+        if len(self._waiting) >= self.max_queue:
+            raise QueueFullError(f"{self.max_queue} requests wait already. Try again in 7 s.", 7)
+
     def submit(self, order: Order, listener: Listener) -> None:
         with self._lock:
-            if self.description is None or self.is_closed:
-                raise NotReadyError("no group of ranks is ready. Try again.")
-            if len(self._waiting) >= self.max_queue:
-                raise QueueFullError(f"{self.max_queue} requests wait already. Try again in 7 s.", 7)
+            self.require_room()
             self._waiting.append(order.id)
             self.orders.append(order)
         self._queue.put((order, listener))

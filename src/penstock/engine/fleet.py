@@ -16,6 +16,8 @@ from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
 
+import msgspec
+
 from penstock import errors
 from penstock.config import LoadConfig, ParallelConfig
 from penstock.engine.launch import most_ranks
@@ -74,7 +76,7 @@ class Fleet:
         self._post = Post()
         num_groups = parallel.data_parallel_size
         one = replace(parallel, data_parallel_size=1)
-        work = WorkConfig(address=self._post.address, name="", model=model, load=load, parallel=one)
+        work = WorkConfig(address="", name="", model=model, load=load, parallel=one)
         self._groups = [RankGroup(number, num_groups, work) for number in range(num_groups)]
         self._tasks = Tasks(config.max_queue, num_groups)
         self._lock = threading.RLock()
@@ -188,6 +190,9 @@ class Fleet:
     def run(self) -> None:
         """Run until `close`; the ranks live as long as the thread that calls this."""
         try:
+            address = self._post.open()
+            for group in self._groups:
+                group.work = msgspec.structs.replace(group.work, address=address)
             while not self._is_closed:
                 self.step()
         finally:

@@ -19,29 +19,34 @@ _WOKEN_BYTES = 4096
 
 
 class Post:
-    """Where ranks send to and hear from. `wake` may be called from any thread, the rest from one alone.
-
-    Attributes:
-        address: for ranks to connect to; only this user's processes can.
-    """
+    """Where ranks send to and hear from. `wake` may be called from any thread, the rest from one alone."""
 
     def __init__(self) -> None:
-        self._open = ExitStack()
-        folder = self._open.enter_context(tempfile.TemporaryDirectory(prefix="penstock-"))  # closed to other users
-        self.address = f"ipc://{folder}/ranks"
-        context = self._open.enter_context(zmq.Context())
-        self._socket = self._open.enter_context(context.socket(zmq.ROUTER))
+        self._held = ExitStack()
+        self._lock = threading.Lock()
+        self._is_open = False
+
+    def open(self) -> str:
+        """Begin to listen.
+
+        Returns:
+            The address for ranks to connect to; only this user's processes can.
+        """
+        folder = self._held.enter_context(tempfile.TemporaryDirectory(prefix="penstock-"))  # closed to other users
+        address = f"ipc://{folder}/ranks"
+        context = self._held.enter_context(zmq.Context())
+        self._socket = self._held.enter_context(context.socket(zmq.ROUTER))
         self._socket.linger = 0
-        self._socket.bind(self.address)
+        self._socket.bind(address)
         self._woken, self._waker = os.pipe()
         for end in (self._woken, self._waker):
             os.set_blocking(end, False)
-            self._open.callback(os.close, end)
-        self._lock = threading.Lock()
-        self._is_closed = False
+            self._held.callback(os.close, end)
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
         self._poller.register(self._woken, zmq.POLLIN)
+        self._is_open = True
+        return address
 
     def send(self, name: str, message: ToRank) -> None:
         """Send to a rank; one that is gone, or has not come yet, misses it."""
@@ -60,13 +65,13 @@ class Post:
         return heard
 
     def wake(self) -> None:
-        """Have `hear` return at once; nothing once closed."""
+        """Have `hear` return at once; nothing where nobody listens."""
         with self._lock, suppress(BlockingIOError):  # the pipe is full: it is awake already
-            if not self._is_closed:
+            if self._is_open:
                 os.write(self._waker, b"!")
 
     def close(self) -> None:
         """Give up the socket."""
         with self._lock:
-            self._is_closed = True
-            self._open.close()
+            self._is_open = False
+            self._held.close()

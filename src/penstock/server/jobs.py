@@ -41,7 +41,6 @@ SWEEP_S = 30.0
 STOP_S = 3.0  # for ranks to reach their next step, before they are ended
 
 
-
 class Jobs:
     """What this server makes, and what it has made.
 

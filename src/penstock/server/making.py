@@ -74,6 +74,7 @@ async def begin(
     """
     service = service_of(request)
     pipeline = offered(service, kind)
+    service.engine.require_room()  # before anything is done for a request that is told to come back
     job_id = new_id(kind)
     folder = service.spool / job_id
     async with AsyncExitStack() as stack:
