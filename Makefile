@@ -2,13 +2,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint types check compatibility setup clean
+.PHONY: demo test thorough lint types check compatibility setup clean
 
 demo: setup
 	$(BIN)/penstock generate demo "a red circle left of a blue square" --seed 0 --out out.png
 
 test: setup
 	$(BIN)/pytest --numprocesses 2 --dist worksteal
+
+thorough: setup  # all combinations, of which `make test` takes some by turns
+	PENSTOCK_THOROUGH=1 $(BIN)/pytest --numprocesses 2 --dist worksteal
 
 lint: setup
 	$(BIN)/ruff check .

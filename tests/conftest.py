@@ -15,8 +15,18 @@ import pytest
 import torch
 
 from tests import zoo
+from tests.turns import IS_THOROUGH
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of processes that tests start
 torch.set_num_threads(1)  # the tests are small; several threads only wait for each other on a busy machine
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave what is marked `thorough` to `make thorough`."""
+    left_out = [] if IS_THOROUGH else [item for item in items if item.get_closest_marker("thorough")]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.fixture(scope="session")

@@ -21,6 +21,7 @@ from penstock.errors import ConfigError, GenerationError
 from tests import zoo
 from tests.distributed.tiled_vaes import CASES, decode, draw, encode
 from tests.ranks import run_ranks
+from tests.turns import by_turns
 from tests.zoo import autoencoders
 
 ENCODING = [name for name, case in CASES.items() if case.picture is not None]
@@ -134,8 +135,9 @@ def is_right_without_exchange(name: str) -> bool:
 
 
 def test_without_the_exchange_every_result_is_wrong() -> None:
-    for right in run_ranks(2, every_case, is_right_without_exchange, list(CASES)):
-        assert set(right) == set(CASES)
+    names = by_turns(CASES, 4)
+    for right in run_ranks(2, every_case, is_right_without_exchange, names):
+        assert set(right) == set(names)
         assert not any(right.values())
 
 

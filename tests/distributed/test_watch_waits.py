@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.processes import QUICK, run
+from tests.turns import by_turns
 
 LEFT = "left the call, which this rank is still in and waits for it, as after an early stop on one rank only"
 
 
-@pytest.mark.parametrize("num_ranks", [2, 3])
+@pytest.mark.parametrize("num_ranks", by_turns([3, 2], 2))
 def test_rank_that_left_a_call_which_others_are_still_in_is_named(num_ranks: int, tmp_path: Path) -> None:
     ranks = run(
         QUICK
@@ -32,6 +33,7 @@ say("lives")
         assert rank.code == 1 and f"rank {num_ranks - 1} {LEFT}" in rank.err and rank.elapsed_s < 10
 
 
+@pytest.mark.thorough
 def test_rank_that_went_on_to_its_next_call_is_named(tmp_path: Path) -> None:
     """With the seconds of every day, and gloo: what both exchange does not fit, or both wait."""
     first, second = run(
@@ -119,6 +121,7 @@ with watch:
     assert [(rank.code, rank.out, rank.err) for rank in ranks] == [(0, "3\n", "")] * 3
 
 
+@pytest.mark.thorough  # torch aborts now and then as such a process ends, on a busy machine
 def test_what_a_rank_sent_before_it_left_may_be_long_on_its_way(tmp_path: Path) -> None:
     ranks = run(
         """

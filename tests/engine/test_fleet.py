@@ -171,7 +171,7 @@ def test_a_dead_rank_ends_its_group_and_no_other(play: Any) -> None:
     stage.fleet.step()
     assert stage.ends() == ["rank_died"] and states(stage) == ["restarting", "busy"]
     failure = stage.heard[-1].failure  # type: ignore[union-attr]
-    assert failure.message == "rank 1 died (signal 11, SIGSEGV): last words. Ask again."
+    assert failure.message == "rank 1 died (signal 11, Segmentation fault): last words. Ask again."
     stage.say(("0.0.0", Ended(id="a")))  # from the grave
     assert stage.ends() == ["rank_died"]
     stage.groups[0].due_s = 0

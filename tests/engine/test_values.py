@@ -90,6 +90,14 @@ def test_camera_orientation_and_transparency(tmp_path: Path) -> None:
     assert open_picture(str(tmp_path / "clear.png")).getpixel((0, 0)) == (255, 255, 255)
 
 
+@pytest.mark.parametrize("suffix", ["png", "webp"])
+def test_a_broken_exif_block_is_no_picture(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"a.{suffix}"
+    Image.new("RGB", (4, 4)).save(path, exif=b"garbage!")
+    with pytest.raises(RequestError, match="cannot be read as a picture: not a TIFF file"):
+        open_picture(str(path))
+
+
 def test_unreadable_pictures(tmp_path: Path) -> None:
     (tmp_path / "broken.png").write_bytes(b"no picture")
     for name, message in [("none.png", "does not exist"), ("broken.png", "cannot be read as a picture")]:

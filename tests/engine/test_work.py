@@ -128,6 +128,30 @@ def test_what_the_pipeline_raises_fails_that_order_alone(
     assert made(run(worker, line, order(tmp_path)))
 
 
+@pytest.mark.parametrize(
+    ("error", "code"), [(ValueError("EXIF data is too long"), "generation_failed"), (MemoryError(), "out_of_memory")]
+)
+def test_what_a_writer_raises_does_not_end_the_rank(
+    worker: Worker, line: Line, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, code: str
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr("penstock.engine.work.save", fail)
+        assert ending(run(worker, line, order(tmp_path))) == code
+    assert made(run(worker, line, order(tmp_path)))
+
+
+def test_long_prompts_fit_no_exif_and_are_written_all_the_same(worker: Worker, line: Line, tmp_path: Path) -> None:
+    said = run(
+        worker,
+        line,
+        order(tmp_path, arguments={"prompt_2": "x" * 70_000}, of_order={"format": FileFormat(name="jpeg")}),
+    )
+    assert read_facts(made(said)[0].path)["arguments"] == "too long for this format"
+
+
 def test_really_too_little_memory(worker: Worker, line: Line, tmp_path: Path) -> None:
     said = run(worker, line, order(tmp_path, width=2**20, height=2**20, num_inference_steps=1))
     assert ending(said) == "out_of_memory"

@@ -16,6 +16,7 @@ import penstock
 from penstock.config import ParallelConfig
 from penstock.errors import ConfigError
 from tests.distributed.sequences import difference, tensors_of
+from tests.turns import IS_THOROUGH, by_turns
 from tests.zoo.denoisers import CASES
 
 AXES = ("cfg_parallel_size", "pipeline_parallel_size", "ring_degree", "ulysses_degree", "tensor_parallel_size")
@@ -54,13 +55,14 @@ def products(world_size: int) -> Iterator[dict[str, int]]:
 def ways(world_size: int) -> Iterator[tuple[dict[str, int], dict[str, str], dict[str, bool]]]:
     """Degrees, options and shards: each product resident, streamed, and sharded in one of two ways by turns.
 
-    On more than four ranks each product is tried in one of these ways, by turns.
+    On more than two ranks each product is tried in one of these ways, and on more than four every third product is, but
+    for thorough runs.
     """
-    for turn, degrees in enumerate(products(world_size), 1):
+    for turn, degrees in enumerate(by_turns(products(world_size), 3 if world_size > 4 else 1), 1):
         choices: list[tuple[dict[str, str], dict[str, bool]]] = [({"offload": "none"}, {}), (STREAMED, {})]
         if ParallelConfig(**degrees).num_holders > 1:
             choices.append((({"offload": "sharded"} if turn % 2 else STREAMED), SHARDED))
-        for options, shards in choices if world_size <= 4 else [choices[turn % len(choices)]]:
+        for options, shards in choices if world_size <= 2 or IS_THOROUGH else [choices[turn % len(choices)]]:
             yield degrees, options, shards
 
 

@@ -22,6 +22,7 @@ from tests import zoo
 from tests.distributed.sequences import CASES, difference
 from tests.parity.combinations import HEADS, STREAMED, Guided
 from tests.ranks import RankError, run_ranks
+from tests.turns import IS_THOROUGH
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "compatibility.md"
 TOLERANCE = 1e-4
@@ -40,7 +41,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     "VAE": {"vae_patch_parallel_size": 2},
 }
 WRITES = bool(os.environ.get("PENSTOCK_WRITE_PAGES"))
-TURN = 1 if WRITES else 4
+TURN = 1 if WRITES or IS_THOROUGH else 4
 OF_DENOISERS = ("pipeline", "Ring", "Ulysses", "tensor")  # the others ask nothing of a class
 
 

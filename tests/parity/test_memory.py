@@ -13,6 +13,7 @@ from diffusers import DiffusionPipeline
 
 import penstock
 from tests import zoo
+from tests.turns import by_turns
 
 FAMILIES = ["flux", "flux2", "wan22", "qwen_image", "hunyuan_video15", "ltx2", "sdxl"]
 
@@ -87,8 +88,9 @@ def most_weight_bytes(name: str, folder: Path, **options: Any) -> tuple[int, int
     return max(with_weights - without for with_weights, without in zip(streamed, plain, strict=True)), promised
 
 
-@pytest.mark.parametrize("mode", ["sequential", "layerwise"])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    ("name", "mode"), by_turns([(name, mode) for name in FAMILIES for mode in ("sequential", "layerwise")], 3)
+)
 def test_live_storages_stay_within_the_promise(name: str, mode: str, zoo_folder: Callable[[str], Path]) -> None:
     most, promised = most_weight_bytes(name, zoo_folder(name), offload=mode, max_weight_memory="least")
     stand_ins = 64 * 1024  # a few bytes per weight that is elsewhere, and results of the allocator's rounding

@@ -110,6 +110,7 @@ def test_many_clients_get_a_right_picture_or_are_told_to_wait(demo: Served, plai
     assert set(answers) == {200, 429} and slow
 
 
+@pytest.mark.thorough
 def test_a_rank_that_is_killed_fails_its_request_and_is_started_again(demo: Served, plain: list[np.ndarray]) -> None:
     (pid,) = demo.rank_pids()
     threading.Timer(1.0, os.kill, (pid, signal.SIGKILL)).start()

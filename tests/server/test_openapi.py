@@ -31,6 +31,7 @@ def test_no_request_is_answered_otherwise_than_documented(kind: str, tmp_path: P
     assert "Tested: " in done.stdout
 
 
+@pytest.mark.thorough
 def test_with_keys_nothing_is_open_that_should_not_be(tmp_path: Path) -> None:
     with serving(tmp_path, EngineDouble(), api_key=["sk-ann"], max_steps=20, max_pixels="128x128") as live:
         done = attack(live.url, tmp_path, "--header", "Authorization: Bearer sk-ann", "--phases", "coverage,fuzzing")

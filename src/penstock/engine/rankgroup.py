@@ -189,7 +189,7 @@ class RankGroup:
         self.kill()
         self.message = message
         self.state = "restarting"
-        self.due_s = time.monotonic() + min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2**self._num_failures)
+        self.due_s = time.monotonic() + min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2 ** min(self._num_failures, 10))
         self._num_failures += 1
 
     def fail(self, message: str) -> None:
@@ -222,6 +222,6 @@ class RankGroup:
 def how_it_ended(rank: Rank) -> str:
     """In words: the exit code or the signal of a process, and the last line that it printed."""
     code = rank.process.returncode
-    how = f"signal {-code}, {signal.Signals(-code).name}" if code < 0 else f"exit {code}"
+    how = f"signal {-code}, {signal.strsignal(-code) or 'unknown'}" if code < 0 else f"exit {code}"
     last = rank.tail().splitlines()[-1:]
     return f"rank {rank.number} died ({how}){': ' + last[0] if last else ''}"

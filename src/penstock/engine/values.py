@@ -10,6 +10,7 @@ import functools
 import inspect
 import json
 import operator
+import struct
 import types
 import typing
 from collections.abc import Callable, Iterator
@@ -25,6 +26,10 @@ from penstock.errors import RequestError
 
 FILE_MARK = "@"  # mask_image=@mask.png: the picture in that file, where the pipeline wants one
 
+_UNREADABLE = (  # what Pillow raises for broken files, those with a broken EXIF block included
+    *(UnidentifiedImageError, OSError, Image.DecompressionBombError),
+    *(SyntaxError, ValueError, TypeError, struct.error, EOFError),
+)
 _CONFIG = ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=False)
 
 
@@ -100,7 +105,7 @@ def open_picture(path: str) -> Image.Image:
             return picture.convert("RGB")
     except FileNotFoundError:
         raise RequestError(f"image {path!r} does not exist. Give the path of a picture.") from None
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+    except _UNREADABLE as error:
         raise RequestError(f"image {path!r} cannot be read as a picture: {str(error).rstrip('.')}.") from error
 
 

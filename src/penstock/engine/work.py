@@ -26,7 +26,7 @@ from penstock.engine.latents import require_finite, seen_latents
 from penstock.engine.outputs import read_outputs
 from penstock.engine.previews import Previews, can_preview, preview_steps
 from penstock.engine.steps import step_events
-from penstock.errors import CancelledError, GenerationError, PenstockError, RequestError
+from penstock.errors import CancelledError, GenerationError, OutputError, PenstockError, RequestError
 from penstock.media.files import MEDIA_TYPES, SUFFIXES, save
 from penstock.media.pictures import write_spritesheet, write_thumbnail
 from penstock.models.components import discover
@@ -81,7 +81,9 @@ class Worker:
                     self._make(orders[0], course)
                 else:
                     self._make_batch(orders, course)
-        except PenstockError as error:
+        except Exception as error:  # a pipeline's, a writer's, a library's: the rank lives, and the next order works
+            if self._is_alone_with(error):
+                raise
             failure = _failure(error)
             if failure.code == "generation_failed":
                 print(f"order {orders[0].id}: {error}", file=sys.stderr, flush=True)
@@ -92,6 +94,10 @@ class Worker:
             timings = course.timings()
             for order in orders:
                 self._line.say(Ended(id=order.id, timings=timings, failure=failure))
+
+    def _is_alone_with(self, error: Exception) -> bool:
+        """Whether other ranks still wait for this one, which failed where they do not: its end is theirs then."""
+        return self._world.size > 1 and (isinstance(error, OutputError) or not isinstance(error, PenstockError))
 
     def _make(self, order: Order, course: _Course) -> None:
         """Make the pictures of an order, one after the other."""
@@ -312,16 +318,17 @@ class _Course:
         return Timings(num_steps=self._num_steps, **{f"{name}_s": seconds for name, seconds in self._seconds.items()})
 
 
-def _failure(error: PenstockError) -> Failure:
+def _failure(error: Exception) -> Failure:
     """What the user is told of an error, and by which code a program knows it."""
     if isinstance(error, CancelledError):
         return Failure(code="cancelled", message=str(error))
     if isinstance(error, RequestError):
         return Failure(code="request_invalid", message=str(error), param=error.param)
-    cause = error.__cause__
+    text = str(error) if isinstance(error, PenstockError) else f"{type(error).__name__}: {error}"
+    cause = error.__cause__ if isinstance(error, PenstockError) else error
     if isinstance(cause, (torch.OutOfMemoryError, MemoryError)) or _OUT_OF_MEMORY in str(cause):
         return Failure(
             code="out_of_memory",
-            message=f"{str(error).rstrip('.')}: there was not enough memory. Ask for a smaller size or fewer frames.",
+            message=f"{text.rstrip('.')}: there was not enough memory. Ask for a smaller size or fewer frames.",
         )
-    return Failure(code="generation_failed", message=str(error))
+    return Failure(code="generation_failed", message=text)

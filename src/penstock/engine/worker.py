@@ -14,6 +14,7 @@ import resource
 import sys
 import threading
 import time
+import traceback
 from queue import SimpleQueue
 
 import msgspec
@@ -130,6 +131,9 @@ class Line:
             call_arguments(message.request, self.prepared.skeleton.pipeline, self.prepared.notes.defaults)
         except RequestError as error:
             return Failure(code="request_invalid", message=str(error), param=error.param)
+        except Exception as error:  # this thread beats: it must not end
+            traceback.print_exc()
+            return Failure(code="request_invalid", message=f"the pipeline's own check failed: {type(error).__name__}.")
         return None
 
     def _beat(self) -> Beat:

@@ -15,6 +15,7 @@ from PIL import Image
 from penstock.request import GenerationResult
 
 _QUALITY = 90
+_MOST_EXIF_BYTES = 60_000  # JPEG has room for 64 KiB
 EXIF_DESCRIPTION = 0x010E
 """The EXIF tag that holds the facts, as JSON."""
 
@@ -35,8 +36,11 @@ def write_webp(result: GenerationResult, path: Path, facts: Mapping[str, Any], q
 
 
 def _write(picture: Image.Image, path: Path, name: str, facts: Mapping[str, Any], quality: int | None) -> None:
+    text = json.dumps(facts)
+    if len(text) > _MOST_EXIF_BYTES:
+        text = json.dumps({**facts, "arguments": "too long for this format"})
     exif = Image.Exif()
-    exif[EXIF_DESCRIPTION] = json.dumps(facts)
+    exif[EXIF_DESCRIPTION] = text
     picture.save(path, format=name, quality=_QUALITY if quality is None else quality, exif=exif)
 
 
