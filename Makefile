@@ -23,7 +23,7 @@ types: setup
 check: lint types test
 
 compatibility: setup
-	PENSTOCK_WRITE_PAGES=1 $(BIN)/pytest -q tests/parity/test_compatibility.py
+	PENSTOCK_WRITE_PAGES=1 PENSTOCK_THOROUGH=1 $(BIN)/pytest -q tests/parity/test_compatibility.py
 
 setup: .venv/ready
 

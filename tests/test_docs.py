@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from penstock.cli.app import app
 from penstock.server import process
 from tests.server.served import Served, served
+from tests.turns import by_turns
 
 ROOT = Path(__file__).resolve().parents[1]
 CARD = ROOT / "src" / "penstock" / "demo" / "README.md"
@@ -31,7 +32,15 @@ def blocks(language: str) -> list[tuple[str, str]]:
 
 def commands() -> list[tuple[str, str]]:
     lines = [(page, line) for page, code in blocks("sh") for line in code.splitlines()]
-    return [(page, line.removeprefix(".venv/bin/")) for page, line in lines if "penstock " in line.split("#")[0]]
+    found = [(page, line.removeprefix(".venv/bin/")) for page, line in lines if "penstock " in line.split("#")[0]]
+    return [one for one in found if not starts_ranks(one[1])] + by_turns(
+        filter(lambda one: starts_ranks(one[1]), found), 3
+    )
+
+
+def starts_ranks(line: str) -> bool:
+    """Whether a command starts processes; those take turns, for each takes as long as many tests."""
+    return any(word.endswith(("-degree", "-parallel-size", "-hsdp")) for word in line.split("#")[0].split())
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +67,7 @@ def test_command(page: str, line: str, tmp_path: Path, monkeypatch: pytest.Monke
     assert name == "penstock"
     if arguments[0] == "serve":  # which would not end
         monkeypatch.setattr(process, "run", lambda *settings, **options: 0)
-    if any(argument.endswith(("-degree", "-parallel-size", "-hsdp")) for argument in arguments):  # starts processes
+    if starts_ranks(line):
         subprocess.run([sys.executable, "-m", "penstock", *arguments], check=True, timeout=300)
         return
     result = CliRunner().invoke(app, arguments)

@@ -14,6 +14,7 @@ from penstock.errors import GenerationError
 from tests.distributed.processes import QUICK, run
 
 
+@pytest.mark.thorough
 def test_rank_that_waits_for_one_that_caught_its_error_ends(tmp_path: Path) -> None:
     """With the seconds of every day: the failing rank lives on, so that nothing but the watch can end the other."""
     first, second = run(

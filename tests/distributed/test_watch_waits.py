@@ -54,6 +54,7 @@ with watch:
     assert "rank 0 is still in an earlier call" in second.err or "rank 1 left the call" in second.err
 
 
+@pytest.mark.thorough
 def test_error_of_an_exchange_names_the_rank_that_is_in_another_call(tmp_path: Path) -> None:
     first, _ = run(
         """
@@ -79,6 +80,7 @@ time.sleep(8 * rank)
     assert late.startswith("rank 1 has not begun this call, in which this rank waited for it")
 
 
+@pytest.mark.thorough
 def test_nobody_is_blamed_for_leaving_while_somebody_computes(tmp_path: Path) -> None:
     """Rank 1 has left; rank 0 computes for longer than the patience, and rank 2 waits for rank 0 as long."""
     ranks = run(
@@ -103,6 +105,7 @@ dist.destroy_process_group()
     assert [(rank.code, rank.out, rank.err) for rank in ranks] == [(0, "3\n", "")] * 3
 
 
+@pytest.mark.thorough
 def test_a_rank_may_be_late_for_a_call_and_leave_it_early(tmp_path: Path) -> None:
     """Rank 1 is late by more than all patience, and then computes alone when the others have gone on."""
     ranks = run(
@@ -140,6 +143,7 @@ say("done")
     assert [(rank.code, rank.out, rank.err) for rank in ranks] == [(0, "done\n", "")] * 2
 
 
+@pytest.mark.thorough
 def test_values_are_gathered_however_late_the_slowest_is(tmp_path: Path) -> None:
     """Later than the process group's own timeout, which ends the control."""
     script = """

@@ -55,10 +55,9 @@ def products(world_size: int) -> Iterator[dict[str, int]]:
 def ways(world_size: int) -> Iterator[tuple[dict[str, int], dict[str, str], dict[str, bool]]]:
     """Degrees, options and shards: each product resident, streamed, and sharded in one of two ways by turns.
 
-    On more than two ranks each product is tried in one of these ways, and on more than four every third product is, but
-    for thorough runs.
+    On more than two ranks each product is tried in one of these ways; and, but for thorough runs, only some products.
     """
-    for turn, degrees in enumerate(by_turns(products(world_size), 3 if world_size > 4 else 1), 1):
+    for turn, degrees in enumerate(by_turns(products(world_size), 6 if world_size > 4 else world_size // 2), 1):
         choices: list[tuple[dict[str, str], dict[str, bool]]] = [({"offload": "none"}, {}), (STREAMED, {})]
         if ParallelConfig(**degrees).num_holders > 1:
             choices.append((({"offload": "sharded"} if turn % 2 else STREAMED), SHARDED))

@@ -12,6 +12,7 @@ from itertools import combinations_with_replacement
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 import penstock
@@ -159,6 +160,7 @@ def refused_table() -> list[str]:
     return [*lines, *(f"| {owner} | {reason} |" for owner, reason in sorted(REFUSED.items()))]
 
 
+@pytest.mark.thorough
 def test_the_page_says_what_the_tests_found() -> None:
     page = "\n".join(
         [

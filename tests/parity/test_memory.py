@@ -89,7 +89,7 @@ def most_weight_bytes(name: str, folder: Path, **options: Any) -> tuple[int, int
 
 
 @pytest.mark.parametrize(
-    ("name", "mode"), by_turns([(name, mode) for name in FAMILIES for mode in ("sequential", "layerwise")], 3)
+    ("name", "mode"), by_turns([(name, mode) for name in FAMILIES for mode in ("sequential", "layerwise")], 6)
 )
 def test_live_storages_stay_within_the_promise(name: str, mode: str, zoo_folder: Callable[[str], Path]) -> None:
     most, promised = most_weight_bytes(name, zoo_folder(name), offload=mode, max_weight_memory="least")

@@ -58,7 +58,7 @@ def try_family(name: str, folder: Path, size: int) -> dict[str, float]:
     return found
 
 
-@pytest.mark.parametrize("name", by_turns(FAMILIES, 2))
+@pytest.mark.parametrize("name", by_turns(FAMILIES, 4))
 def test_two_ranks_make_the_picture_from_halves(name: str, zoo_folder: Callable[[str], Path]) -> None:
     for found in run_ranks(2, try_family, name, zoo_folder(name), 2):
         assert found["removed"] == 0
@@ -67,7 +67,7 @@ def test_two_ranks_make_the_picture_from_halves(name: str, zoo_folder: Callable[
         assert found["in memory"] < TOLERANCE
 
 
-@pytest.mark.parametrize("name", ON_FOUR)
+@pytest.mark.parametrize("name", by_turns(ON_FOUR, 3, 2))
 def test_four_ranks_make_the_picture_from_quarters(name: str, zoo_folder: Callable[[str], Path]) -> None:
     for found in run_ranks(4, try_family, name, zoo_folder(name), 4):
         assert max(found.values()) < TOLERANCE

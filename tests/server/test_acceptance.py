@@ -156,6 +156,7 @@ def begin(server: Served) -> str:
         time.sleep(0.02)
 
 
+@pytest.mark.thorough
 def test_what_was_promised_outlives_a_server_that_is_killed(tmp_path: Path) -> None:
     with served("demo", tmp_path) as server:
         with server.api() as api:
