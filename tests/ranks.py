@@ -83,7 +83,7 @@ class Pool:
                     failures.append(f"rank {rank}: {value}")
         if failures:
             raise RankError("\n".join(failures))
-        self._signal(signal.SIGSTOP)  # the threads of idle ranks take a third of a small machine
+        self._signal(signal.SIGSTOP)  # the threads of idle ranks take 1 to 4 % of a core each
         return [results[rank] for rank in sorted(results)]
 
     def _signal(self, number: signal.Signals) -> None:
