@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import faulthandler
 import multiprocessing
 import os
 import signal
 import socket
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -51,6 +53,7 @@ class Pool:
         port = _free_port()
         self.ends: list[Connection] = []
         self.processes = []
+        self.jobs: list[str] = []
         for rank in range(world_size):
             ours, theirs = _CONTEXT.Pipe()
             process = _CONTEXT.Process(target=_serve, args=(theirs, rank, world_size, port), daemon=True)
@@ -60,6 +63,7 @@ class Pool:
             self.processes.append(process)
 
     def run(self, function: Callable[..., Any], arguments: tuple[Any, ...], timeout_s: float) -> list[Any]:
+        self.jobs.append(f"{function.__module__}.{function.__qualname__}{arguments!r:.60}")
         self._signal(signal.SIGCONT)
         for end in self.ends:
             end.send((function, arguments))
@@ -69,7 +73,9 @@ class Pool:
         while waiting:
             ready = wait(list(waiting), timeout=timeout_s if not failures else 3.0)
             if not ready:
-                failures.append(f"ranks {sorted(waiting.values())} did not answer")
+                failures.append(f"ranks {sorted(waiting.values())} did not answer; jobs: {'; '.join(self.jobs[-8:])}")
+                self._signal(signal.SIGUSR1)  # where they stand, to their standard error
+                time.sleep(1)
                 break
             for end in ready:
                 rank = waiting.pop(end)
@@ -141,6 +147,7 @@ def _serve(end: Connection, rank: int, world_size: int, port: int) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    faulthandler.register(signal.SIGUSR1)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # one that is stopped sees no end of its pipe
     dist.init_process_group(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
 
@@ -10,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from penstock.config import ParallelConfig
-from penstock.distributed.group import Group
+from penstock.distributed.group import _LINES, Group
 from penstock.distributed.mesh import build_mesh
 from penstock.waits import current_wait
 from tests.ranks import run_ranks
@@ -77,6 +78,25 @@ def reduce_and_send() -> None:
 
 def test_reduce_and_send() -> None:
     run_ranks(4, reduce_and_send)
+
+
+def drop_early() -> tuple[list[float], int]:
+    """What two ranks gather after the first dropped, at once, what the second began a second later."""
+    group = world()
+    if group.rank == 1:
+        time.sleep(1)
+    group.all_gather_into(torch.empty(4 << 20), torch.full((1 << 20,), -1.0), is_async=True)
+    gc.collect()
+    dist.barrier(group.process_group)
+    parts = torch.empty(4 << 20)
+    work = group.all_gather_into(parts, torch.full((1 << 20,), float(group.rank)), is_async=True)
+    assert work is not None
+    work.wait()
+    return parts[:: 1 << 20].tolist(), sum(len(line) for line in _LINES[group.process_group].values())
+
+
+def test_an_exchange_that_its_owner_drops_ends_all_the_same() -> None:
+    assert run_ranks(4, drop_early, timeout_s=20) == [([0.0, 1.0, 2.0, 3.0], 0)] * 4
 
 
 OPERATIONS = {

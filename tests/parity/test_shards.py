@@ -175,10 +175,10 @@ def log_of(folder: Path, num_steps: int, prefetch: int) -> tuple[list[str], int,
                 names.append(tenant.name)
                 name = f"compute {tenant.name}"
                 tenant.unit.module.register_forward_pre_hook(lambda *_, name=name: log.append(name))
+        placed.mesh["shard"].traffic.clear()
         made(pipeline, "flux", num_inference_steps=num_steps)
         gathered = placed.mesh["shard"].traffic.num_calls["all_gather"]
         streamed = sum(tenant.plan.slot is not None for tenant in placed._streamer.tenants if tenant.name in names)
-        placed.mesh["shard"].traffic.clear()
         placed.remove()
     finally:
         GatherTransfer.submit = submit  # type: ignore[method-assign]

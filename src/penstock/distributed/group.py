@@ -5,12 +5,14 @@ Owns what is sent and how it is counted. Does not know what the tensors mean, or
 
 from __future__ import annotations
 
-from collections import Counter
+import threading
+from collections import Counter, deque
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -31,17 +33,32 @@ class Work(Protocol):
 
 
 class _Works(dist.Work):
-    """Several exchanges of some ranks that are one; FSDP2 waits for what is torch's own."""
+    """Several exchanges of some ranks that are one; FSDP2 waits for what is torch's own.
 
-    def __init__(self, works: Sequence[Any], ranks: tuple[int, ...]) -> None:
+    Kept until it, or one that was begun after it on the same line, is done, though its owner may drop it sooner (a
+    model that goes while its first unit is gathered ahead): gloo never ends an exchange whose buffer is gone, nor any
+    after.
+    """
+
+    def __init__(self, works: Sequence[Any], ranks: tuple[int, ...], line: deque[_Works]) -> None:
         super().__init__()
         self._works = works
         self._ranks = ranks
+        self._line = line
+        line.append(self)
 
     def wait(self, timeout: timedelta = timedelta(0)) -> bool:
         """Wait for all."""
         with noted(self._ranks):
-            return all([work.wait(timeout) for work in self._works])
+            is_done = all([work.wait(timeout) for work in self._works])
+        with _LINES_LOCK:
+            while self in self._line:
+                self._line.popleft()
+        return is_done
+
+
+_LINES: WeakKeyDictionary[dist.ProcessGroup, dict[str, deque[_Works]]] = WeakKeyDictionary()
+_LINES_LOCK = threading.Lock()
 
 
 class Traffic:
@@ -137,7 +154,7 @@ class Group:
             onto, source = (self.rank + distance) % self.size, (self.rank - distance) % self.size
             works.append(dist.isend(own, self.ranks[onto], group=self.process_group))
             works.append(dist.irecv(parts[source], self.ranks[source], group=self.process_group))
-        return _Works(works, self.ranks)
+        return self._under_way("all_gather", works)
 
     def all_to_all(self, tensor: Tensor) -> Tensor:
         """Trade parts: `out[i]` is what rank i had in its `tensor[own rank]`.
@@ -185,21 +202,27 @@ class Group:
             ]
         )
         self.traffic.add("shift", tensor.nbytes)
-        return received, [_Works(works, self.ranks)]
+        return received, [self._under_way("shift", works)]
 
     def send(self, tensor: Tensor, onto: int) -> Work:
         """Begin to send a contiguous tensor to group rank `onto`; it must stay unchanged until the wait returns."""
         work = dist.isend(_sendable(tensor), self.ranks[onto], group=self.process_group)
         self.traffic.add("send", 0)
         assert work is not None  # only of ranks outside the group
-        return _Works([work], self.ranks)
+        return self._under_way(f"send {onto}", [work])
 
     def receive(self, tensor: Tensor, source: int) -> Work:
         """Begin to fill a contiguous tensor with the next that group rank `source` sends here."""
         work = dist.irecv(_sendable(tensor), self.ranks[source], group=self.process_group)
         self.traffic.add("receive", tensor.nbytes)
         assert work is not None
-        return _Works([work], self.ranks)
+        return self._under_way(f"receive {source}", [work])
+
+    def _under_way(self, line: str, works: Sequence[Any]) -> _Works:
+        """Those of one line have the same partners, and end in the order in which they began."""
+        assert self.process_group is not None
+        lines = _LINES.setdefault(self.process_group, {})
+        return _Works(works, self.ranks, lines.setdefault(line, deque()))
 
     def _noted(self) -> AbstractContextManager[None]:
         """A context around what may block until the others come; compiled code has no notes."""
