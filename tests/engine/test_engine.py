@@ -112,6 +112,7 @@ def test_what_waits_is_cancelled_at_once(tmp_path: Path) -> None:
     running_one: SimpleQueue[OrderEvent] = SimpleQueue()
     waiting: SimpleQueue[OrderEvent] = SimpleQueue()
     engine.submit(order(tmp_path, "long", num_inference_steps=500), running_one.put)
+    assert isinstance(running_one.get(timeout=10), Began)
     engine.submit(order(tmp_path, "waits"), waiting.put)
     place = engine.position("waits")
     assert place is not None and place[0] == 0 and place[1] > 0
@@ -271,7 +272,9 @@ def test_a_rank_that_dies_or_hangs_fails_what_ran_and_is_started_again(
             os.kill(before.ranks[rank].pid, number)
     assert ending(events) == code
     assert time.monotonic() - struck_s < 5
-    assert not any(is_running(one.pid) for one in before.ranks)
+    while any(is_running(one.pid) for one in before.ranks):  # the system takes back what they held
+        assert time.monotonic() - struck_s < 10
+        time.sleep(0.01)
     assert made(list(engine.events(order(tmp_path))))
     after = engine.status().groups[0]
     assert after.num_restarts == before.num_restarts + 1

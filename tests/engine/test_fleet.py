@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from io import BytesIO
 from typing import Any
 
 import pytest
@@ -57,6 +58,9 @@ class Post:
         """Nothing is open."""
 
 
+SAID = b"Traceback\nlast words"
+
+
 @dataclass
 class Process:
     """A process that ends when a test says so."""
@@ -72,16 +76,6 @@ class Process:
 
     def wait(self, timeout: float | None = None) -> int | None:
         return self.returncode
-
-
-class Said:
-    """Standard error of a played rank."""
-
-    def seek(self, place: int) -> None:
-        """From the start."""
-
-    def read(self) -> bytes:
-        return b"Traceback\nlast words"
 
 
 @dataclass
@@ -117,9 +111,10 @@ def play(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.setattr(fleet_module, "Post", Post)
 
     def start(group: RankGroup, number: int, shared: Any, listener: int) -> Rank:
-        return Rank(number, f"{group.number}.{group.num_restarts}.{number}", Process(), Said(), time.monotonic())  # type: ignore[arg-type]
+        return Rank(number, f"{group.number}.{group.num_restarts}.{number}", Process(), BytesIO(SAID), time.monotonic())  # type: ignore[arg-type]
 
     monkeypatch.setattr(RankGroup, "_start", start)
+    monkeypatch.setattr(Rank, "forget", lambda rank: None)  # what it printed is no file
 
     def made(is_ready: bool = True, config: EngineConfig | None = None, **degrees: int) -> Stage:
         fleet = Fleet("demo", ParallelConfig(**degrees), LoadConfig(), config or EngineConfig())
@@ -241,6 +236,65 @@ def test_groups_on_other_devices_are_no_replicas(play: Any) -> None:
     stage.say(("1.0.0", ready("cpu")))
     assert states(stage) == ["idle", "failed"]
     assert "its ranks run on cpu, those of other groups on cuda" in stage.fleet.status().groups[1].message
+
+
+def test_a_replica_that_dies_before_any_works_returns_once_one_does(play: Any) -> None:
+    stage = play(is_ready=False, data_parallel_size=2)
+    stage.groups[0].ranks[0].process.returncode = -9
+    stage.fleet.step()
+    assert states(stage) == ["failed", "starting"]
+    stage.say(("1.0.0", ready()))
+    assert states(stage) == ["restarting", "idle"] and "died" in stage.fleet.status().groups[0].message
+    stage.fleet.wait_ready(0)
+    stage.begin()
+    stage.groups[0].due_s = 0
+    stage.fleet.step()
+    stage.say(("0.1.0", ready()))
+    assert states(stage) == ["idle", "busy"]
+
+
+def test_ranks_that_no_system_starts_are_an_error_at_first(play: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any) -> None:
+        raise OSError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(RankGroup, "_start", fail)
+    stage = play(is_ready=False)
+    with pytest.raises(EngineError, match="could not be started: Resource temporarily unavailable"):
+        stage.fleet.wait_ready(0)
+    assert states(stage) == ["failed"]
+
+
+def test_a_group_starts_again_once_its_processes_are_gone(play: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = play()
+    process = stage.groups[0].ranks[0].process
+    monkeypatch.setattr(process, "kill", lambda: None)  # what it held is still being taken back
+    stage.groups[0].ranks[0].heard_s -= 10
+    stage.fleet.step()
+    stage.groups[0].due_s = 0
+    stage.fleet.step()
+    assert states(stage) == ["restarting"]
+    process.returncode = -9
+    stage.fleet.step()
+    assert states(stage) == ["starting"]
+
+
+def test_a_defect_in_the_engines_own_thread_ends_it_with_its_reason(play: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = play()
+    stage.begin("a")
+    monkeypatch.setattr(stage.fleet, "step", lambda: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        stage.fleet.run()
+    assert stage.ends() == ["engine_closed"] and states(stage) == ["failed"]
+    with pytest.raises(NotReadyError, match="own thread failed \\(ZeroDivisionError"):
+        stage.begin("b")
+
+
+def test_questions_go_to_a_group_that_has_time(play: Any) -> None:
+    stage = play(data_parallel_size=2)
+    stage.begin()
+    stage.fleet.check(GenerationRequest(prompt="x"))
+    stage.fleet.step()
+    assert [name for name, message in stage.post.told if isinstance(message, Check)] == ["1.0.0"]
 
 
 def test_questions_go_to_a_rank_and_are_answered_or_refused(play: Any) -> None:

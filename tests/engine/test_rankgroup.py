@@ -49,6 +49,12 @@ def processes(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Process]]:
     yield Process
 
 
+def end(group: RankGroup) -> None:
+    group.kill()
+    group.wait(time.monotonic() + 10)
+    assert group.is_gone()
+
+
 def test_ranks_are_told_who_they_are(processes: type[Process], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
     group = RankGroup(1, 2, WORK)
@@ -59,7 +65,7 @@ def test_ranks_are_told_who_they_are(processes: type[Process], monkeypatch: pyte
         assert environment["CUDA_VISIBLE_DEVICES"] == "6,7"  # the second group's
     assert "PENSTOCK_LISTENER" in environments[0] and "PENSTOCK_LISTENER" not in environments[1]
     assert [rank.name for rank in group.ranks] == ["1.0.0", "1.0.1"] and group.state == "starting"
-    group.kill()
+    end(group)
 
 
 def test_killed_ranks_are_gone(processes: type[Process]) -> None:
@@ -67,7 +73,8 @@ def test_killed_ranks_are_gone(processes: type[Process]) -> None:
     group.start()
     started = [rank.process for rank in group.ranks]
     group.fall("why")
-    assert all(process.returncode is not None for process in started) and group.ranks == []
+    group.wait(time.monotonic() + 10)
+    assert group.is_gone() and all(process.returncode == -9 for process in started) and group.ranks == []
     assert group.state == "restarting" and group.message == "why"
 
 
@@ -91,6 +98,7 @@ def test_names_are_new_after_each_start(processes: type[Process]) -> None:
         group.start()
         names += [rank.name for rank in group.ranks]
         group.fall("")
+        end(group)
     assert len(set(names)) == 4 and group.num_restarts == 1
 
 
@@ -103,7 +111,7 @@ def test_who_died_is_found_with_its_last_words(processes: type[Process]) -> None
         assert time.monotonic() < deadline_s
         time.sleep(0.01)
     assert how_it_ended(dead) == "rank 1 died (exit 3): no room"
-    group.kill()
+    end(group)
 
 
 def test_silence_counts_once_a_rank_is_ready(processes: type[Process]) -> None:
@@ -114,7 +122,7 @@ def test_silence_counts_once_a_rank_is_ready(processes: type[Process]) -> None:
     group.ranks[1].is_ready = True
     silent = group.first_silent(5)
     assert silent is not None and silent.number == 1 and group.first_silent(15) is None
-    group.kill()
+    end(group)
 
 
 def test_a_start_that_fails_half_way_leaves_nothing(processes: type[Process], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,4 +138,42 @@ def test_a_start_that_fails_half_way_leaves_nothing(processes: type[Process], mo
     group = RankGroup(0, 1, WORK)
     with pytest.raises(OSError, match="Resource temporarily unavailable"):
         group.start()
-    assert made[0].returncode is not None and group.ranks == []
+    group.wait(time.monotonic() + 10)
+    assert group.is_gone() and made[0].returncode == -9 and group.ranks == []
+
+
+def test_nobody_waits_for_what_was_killed(processes: type[Process], monkeypatch: pytest.MonkeyPatch) -> None:
+    group = RankGroup(0, 1, WORK)
+    group.start()
+    rank = group.ranks[0]
+    monkeypatch.setattr(rank.process, "poll", lambda: None)  # the system takes its time
+    monkeypatch.setattr(rank.process, "wait", lambda *_: pytest.fail("waited"))
+    group.fall("why")
+    assert not group.is_gone() and not rank.said.closed
+    monkeypatch.undo()
+    end(group)
+    assert rank.said.closed
+
+
+def test_ranks_are_told_no_secrets(processes: type[Process], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("PENSTOCK_API_KEYS", "AWS_SECRET_ACCESS_KEY", "HF_TOKEN"):
+        monkeypatch.setenv(name, "s3cret")
+    group = RankGroup(0, 1, WORK)
+    group.start()
+    (_, options), *_ = processes.started
+    assert [name for name, value in options["env"].items() if value == "s3cret"] == ["HF_TOKEN"]
+    end(group)
+
+
+def test_what_was_printed_long_ago_takes_no_room(processes: type[Process]) -> None:
+    processes.script = f"print('x' * {2**24}, flush=True); import time; time.sleep(0.5); print('last words')"
+    group = RankGroup(0, 1, WORK)
+    group.start()
+    rank = group.ranks[0]
+    while os.fstat(rank.said.fileno()).st_size <= 2**24:
+        assert rank.process.poll() is None
+        time.sleep(0.01)
+    rank.forget()
+    rank.process.wait(20)
+    assert os.fstat(rank.said.fileno()).st_blocks * 512 < 2**20 and rank.tail() == "last words"
+    end(group)

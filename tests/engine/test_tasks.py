@@ -93,3 +93,17 @@ def test_an_id_is_used_once_at_a_time() -> None:
     tasks = tasks_of(Heard(), "a")
     with pytest.raises(ValueError, match="under way"):
         tasks.put(Order(id="a", request=GenerationRequest(), folder=""), print)
+
+
+def test_what_a_listener_raises_is_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    heard = Heard()
+    tasks = tasks_of(heard, "a")
+
+    def fail(event: OrderEvent) -> None:
+        raise KeyError("of the listener")
+
+    tasks.put(Order(id="b", request=GenerationRequest(), folder=""), fail)
+    tasks.take(0, 2)
+    tasks.take(0, 1)
+    tasks.finish(0)
+    assert heard.ends() == [None] and tasks.of_group(0) == [] and "of the listener" in capsys.readouterr().err

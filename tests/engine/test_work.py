@@ -15,7 +15,8 @@ from penstock.config import LoadConfig
 from penstock.engine.build import fill, prepare
 from penstock.engine.work import Worker
 from penstock.media.facts import read_facts
-from penstock.wire import FileFormat, FromRank, Lora
+from penstock.media.files import save
+from penstock.wire import Ended, FileFormat, FromRank, Lora, Made
 from tests import zoo
 from tests.engines import ending, made, order, partials, stages
 
@@ -141,6 +142,37 @@ def test_what_a_writer_raises_does_not_end_the_rank(
         patch.setattr("penstock.engine.work.save", fail)
         assert ending(run(worker, line, order(tmp_path))) == code
     assert made(run(worker, line, order(tmp_path)))
+
+
+def test_a_batch_that_fails_runs_one_by_one(
+    worker: Worker, line: Line, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("penstock.engine.work.call", fail)  # by which batches run, and no single order
+    said = run(worker, line, order(tmp_path, "one"), order(tmp_path, "two", width=65), order(tmp_path, "three"))
+    endings = {event.id: event.failure.code if event.failure else "" for event in said if isinstance(event, Ended)}
+    assert endings == {"one": "", "two": "request_invalid", "three": ""}
+    assert [event.id for event in said if isinstance(event, Made)] == ["one", "three"]
+    assert len([event for event in said if isinstance(event, Ended)]) == 3
+
+
+def test_what_a_batch_has_made_before_it_fails_stays(
+    worker: Worker, line: Line, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved: list[str] = []
+
+    def second_fails(*args: Any, **options: Any) -> Path:
+        saved.append("")
+        if len(saved) == 2:
+            raise OSError(28, "No space left on device")
+        return save(*args, **options)
+
+    monkeypatch.setattr("penstock.engine.work.save", second_fails)
+    said = run(worker, line, order(tmp_path, "one"), order(tmp_path, "two"))
+    assert [event.id for event in said if isinstance(event, Made)] == ["one", "two"] and len(saved) == 3
+    assert [event.failure for event in said if isinstance(event, Ended)] == [None, None]
 
 
 def test_long_prompts_fit_no_exif_and_are_written_all_the_same(worker: Worker, line: Line, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -18,6 +19,7 @@ from penstock.engine.post import Post
 from penstock.engine.rankgroup import WorkConfig
 from penstock.request import GenerationRequest
 from penstock.wire import Beat, Check, Checked, Close, Loading, Ready, Refused
+from tests import zoo
 
 NAME = "0.0.0"
 
@@ -87,11 +89,24 @@ def test_it_loads_answers_beats_and_leaves(post: Listener) -> None:
     assert end(process) == (0, "")
 
 
+def test_it_beats_while_a_question_takes_its_time(post: Listener, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "slow.png")
+    process = start(post, str(zoo.folder("flux_img2img", tmp_path)))
+    hear(post, Ready)
+    post.send(NAME, Check(7, GenerationRequest(prompt="a", pictures={"image": (str(tmp_path / "slow.png"),)})))
+    for _ in range(4):
+        assert isinstance(hear(post, Beat, timeout_s=5)[-1], Beat)
+    (tmp_path / "slow.png").write_bytes(b"no picture")
+    assert hear(post, Checked)[-1].failure.code == "request_invalid"
+    post.send(NAME, Close())
+    assert end(process) == (0, "")
+
+
 def test_what_cannot_be_loaded_is_told_to_the_engine(post: Listener) -> None:
     process = start(post, "nowhere")
     refused = hear(post, Refused)[-1]
     assert refused.kind == "ModelNotFoundError" and "nowhere" in refused.message
-    assert end(process)[0] == 1
+    assert end(process) == (1, "")
 
 
 def test_garbage_is_no_configuration(post: Listener) -> None:

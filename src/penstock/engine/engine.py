@@ -11,9 +11,9 @@ from __future__ import annotations
 import secrets
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import Future
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
@@ -200,16 +200,17 @@ class Engine:
         with tempfile.TemporaryDirectory(prefix="penstock-") as spool:
             order = _order(request, str(folder or spool))
             files = []
-            for event in self.events(order):
-                if isinstance(event, Step) and on_step is not None:
-                    on_step(event.event)
-                if isinstance(event, Made):
-                    files.append(event.file)
-                if isinstance(event, Ended):
-                    _raise(event.failure)
+            with closing(self.events(order)) as events:
+                for event in events:
+                    if isinstance(event, Step) and on_step is not None:
+                        on_step(event.event)
+                    if isinstance(event, Made):
+                        files.append(event.file)
+                    if isinstance(event, Ended):
+                        _raise(event.failure)
             return [_result(file, is_kept=folder is not None) for file in sorted(files, key=lambda file: file.item)]
 
-    def events(self, order: Order) -> Iterator[OrderEvent]:
+    def events(self, order: Order) -> Generator[OrderEvent]:
         """Submit an order and yield what happens to it, `Ended` last; leaving early cancels it, and waits for that.
 
         Raises:
@@ -240,9 +241,10 @@ def _raise(failure: Failure | None) -> None:
     """Raise what a failure stands for."""
     if failure is None:
         return
-    kinds = {"request_invalid": RequestError, "cancelled": CancelledError}
-    of_ranks = failure.code in ("rank_died", "rank_hung", "engine_closed")
-    raise kinds.get(failure.code, EngineError if of_ranks else GenerationError)(failure.message)
+    if failure.code == "request_invalid":
+        raise RequestError(failure.message, failure.param)
+    kinds = {"cancelled": CancelledError, **dict.fromkeys(("rank_died", "rank_hung", "engine_closed"), EngineError)}
+    raise kinds.get(failure.code, GenerationError)(failure.message)
 
 
 def _result(file: MadeFile, is_kept: bool) -> GenerationResult:

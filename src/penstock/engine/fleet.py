@@ -9,6 +9,7 @@ Owns every change of a group's state; other threads only leave wishes and read. 
 from __future__ import annotations
 
 import itertools
+import math
 import threading
 import time
 from collections import deque
@@ -82,6 +83,8 @@ class Fleet:
         self._lock = threading.RLock()
         self._settled = threading.Event()  # a group was ready, or none ever will be
         self._refusal: PenstockError | None = None
+        self._broken = ""
+        self._early: list[RankGroup] = []
         self._is_closed = False
         self._cancelled: deque[str] = deque()
         self._asked: deque[tuple[GenerationRequest, _Answer]] = deque()
@@ -96,7 +99,7 @@ class Fleet:
             raise EngineError(
                 f"no group of ranks was ready after {timeout_s} s: {self._groups[0].message or 'loading'}."
             )
-        if self._refusal is not None:
+        if self._refusal is not None and self.description is None:
             raise self._refusal
         if self._is_closed:
             raise NotReadyError("the engine is closed. Make a new one.")
@@ -156,6 +159,8 @@ class Fleet:
         self._post.wake()
 
     def _require_open(self) -> None:
+        if self._broken:
+            raise NotReadyError(self._broken)
         if self._is_closed:
             raise NotReadyError("the engine is closed. Make a new one.")
         if self.description is None:
@@ -195,6 +200,9 @@ class Fleet:
                 group.work = msgspec.structs.replace(group.work, address=address)
             while not self._is_closed:
                 self.step()
+        except Exception as error:
+            self._broken = f"the engine's own thread failed ({type(error).__name__}: {error}). Make a new one."
+            raise
         finally:
             self._shut()
 
@@ -250,6 +258,9 @@ class Fleet:
         elif all(rank.is_ready for rank in group.ranks):
             group.state, group.message = "idle", ""
             self.description = self.description or message.pipeline
+            while self._early:  # it works: what happened to them was theirs alone
+                early = self._early.pop()
+                early.fall(early.message)
             self._settled.set()
 
     def _refuse(self, group: RankGroup, message: Refused) -> None:
@@ -265,13 +276,17 @@ class Fleet:
     def _mind(self, group: RankGroup) -> None:
         """Start what is due, and end what died, hangs, or does not get ready."""
         now_s = time.monotonic()
-        if group.state == "restarting" and now_s >= group.due_s:
+        is_gone = group.is_gone()
+        if group.state == "restarting" and now_s >= group.due_s and is_gone:
             try:
                 group.start()
             except OSError as error:
-                group.fall(f"its ranks could not be started: {error.strerror or error}")
+                why = f"its ranks could not be started: {error.strerror or error}"
+                self._restart(group, Failure(code="rank_died", message=why))
         if group.state in ("restarting", "failed"):
             return
+        for rank in group.ranks:
+            rank.forget()
         dead, silent = group.first_dead(), group.first_silent(self._config.silence_s)
         if dead is not None:
             self._restart(group, Failure(code="rank_died", message=f"{how_it_ended(dead)}. Ask again."))
@@ -288,9 +303,10 @@ class Fleet:
             )
 
     def _restart(self, group: RankGroup, failure: Failure) -> None:
-        """End a group that failed, and what it worked on; it is started again, unless it never worked."""
+        """End a group that failed, and what it worked on; it is started again, unless none has ever worked."""
         if self.description is None:
             self._refusal = self._refusal or EngineError(f"the ranks could not be started: {failure.message}")
+            self._early.append(group)
             self._end_for_good(group, failure.message)
             return
         names = [rank.name for rank in group.ranks]
@@ -328,7 +344,7 @@ class Fleet:
             if not ready:
                 answer.set_exception(NotReadyError("no group of ranks is ready at present. Ask again in some seconds."))
                 continue
-            rank, number = ready[0].ranks[0], next(self._numbers)
+            rank, number = min(ready, key=lambda group: group.state == "busy").ranks[0], next(self._numbers)
             self._checks[number] = rank.name, answer
             self._post.send(rank.name, Check(number, request))
 
@@ -351,12 +367,14 @@ class Fleet:
         """End all orders and ranks; what asks later is refused."""
         with self._lock:
             self._is_closed = True
-            failure = Failure(code="engine_closed", message="The engine was closed before the request was done.")
-            deadline_s = time.monotonic() + _GRACE_S
             for group in self._groups:
                 self._tell(group.ranks, Close())
+        deadline_s = time.monotonic() + _GRACE_S
+        for group in self._groups:  # nobody waits for the lock meanwhile
+            group.wait(deadline_s if group.state in ("idle", "busy") else 0)
+        failure = Failure(code="engine_closed", message="The engine was closed before the request was done.")
+        with self._lock:
             for group in self._groups:
-                group.wait(deadline_s if group.state in ("idle", "busy") else 0)
                 names = [rank.name for rank in group.ranks]
                 group.fail("the engine is closed")
                 self._let_go(group, names, failure)
@@ -364,6 +382,9 @@ class Fleet:
             self._refuse_asked()
             self._post.close()
             self._settled.set()
+        for group in self._groups:
+            group.wait(math.inf)
+            group.is_gone()
 
     def _refuse_asked(self) -> None:
         while self._asked:

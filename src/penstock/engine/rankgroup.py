@@ -28,6 +28,10 @@ State = Literal["starting", "idle", "busy", "restarting", "failed"]
 _FIRST_WAIT_S = 0.5
 _LONGEST_WAIT_S = 60.0
 _SHOWN_LINES = 20
+_SHOWN_BYTES = 2**16
+_KEPT_BYTES = 2**23
+_SECRETS = ("PENSTOCK_API_KEYS", "AWS_")
+"""What names of variables begin with that ranks have no use for."""
 _LOOPBACK = "127.0.0.1"
 
 
@@ -77,9 +81,14 @@ class Rank:
 
     def tail(self) -> str:
         """The last lines that it printed."""
-        self.said.seek(0)
-        lines = self.said.read().decode(errors="replace").strip().splitlines()
+        self.said.seek(max(0, self.said.seek(0, os.SEEK_END) - _SHOWN_BYTES))
+        lines = self.said.read().replace(b"\0", b"").decode(errors="replace").strip().splitlines()
         return "\n".join(lines[-_SHOWN_LINES:])
+
+    def forget(self) -> None:
+        """Give back the room of what it printed long ago; what follows goes behind a hole in the file."""
+        if os.fstat(self.said.fileno()).st_blocks * 512 > _KEPT_BYTES:
+            self.said.truncate(0)
 
 
 @dataclass
@@ -113,10 +122,12 @@ class RankGroup:
     begun_s: float = 0.0
     moved_s: float = 0.0
     _num_failures: int = 0
-    _opened: ExitStack = field(default_factory=ExitStack)
+    _leaving: list[Rank] = field(default_factory=list)
 
     def start(self) -> None:
         """Start all ranks; must be called from a thread that lives as long as they shall: they end with it.
+
+        Those that were killed before must be gone (`is_gone`): they may still hold the memory of the device.
 
         Raises:
             OSError: where not all could be started; none is left.
@@ -134,19 +145,22 @@ class RankGroup:
                 raise
 
     def _start(self, number: int, shared: dict[str, str], listener: int) -> Rank:
-        said = self._opened.enter_context(tempfile.TemporaryFile())  # noqa: SIM115 -- closed with the group
+        said = tempfile.TemporaryFile()  # noqa: SIM115 -- closed when its rank is gone
         name = f"{self.number}.{self.num_restarts}.{number}"
         is_first = number == 0
         own = {"RANK": str(number), "LOCAL_RANK": str(number), **({LISTENER: str(listener)} if is_first else {})}
-        process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "penstock.engine.worker"],
-            env={**shared, **own},
-            stdin=subprocess.PIPE,
-            stdout=said,
-            stderr=said,
-            pass_fds=(listener,) if is_first else (),
-            start_new_session=True,  # the terminal's Ctrl-C is for who started the engine
-        )
+        with ExitStack() as unless_started:
+            unless_started.callback(said.close)
+            process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "penstock.engine.worker"],
+                env={**shared, **own},
+                stdin=subprocess.PIPE,
+                stdout=said,
+                stderr=said,
+                pass_fds=(listener,) if is_first else (),
+                start_new_session=True,  # the terminal's Ctrl-C is for who started the engine
+            )
+            unless_started.pop_all()
         if process.stdin is not None:
             with suppress(BrokenPipeError), process.stdin as told:  # it is dead already, which is noticed
                 told.write(msgspec.json.encode(msgspec.structs.replace(self.work, name=name)))
@@ -159,7 +173,7 @@ class RankGroup:
             "OMP_NUM_THREADS": str(max(1, num_cpus() // (num_ranks * self.num_groups))),
             "TORCH_CPP_LOG_LEVEL": "ERROR",  # a peer that has gone is told of in words, not in stacks of addresses
             **dict.fromkeys(("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"), "critical"),
-            **os.environ,
+            **{name: value for name, value in os.environ.items() if not name.startswith(_SECRETS)},
             "WORLD_SIZE": str(num_ranks),
             "LOCAL_WORLD_SIZE": str(num_ranks),
             "MASTER_ADDR": _LOOPBACK,
@@ -203,18 +217,23 @@ class RankGroup:
         self._num_failures = 0
 
     def kill(self) -> None:
-        """End all processes at once, and reap them."""
+        """End all processes; they are gone some moments later, when the system has taken back what they held."""
         for rank in self.ranks:
             if rank.process.poll() is None:
                 rank.process.kill()
-        for rank in self.ranks:
-            rank.process.wait()
+        self._leaving += self.ranks
         self.ranks.clear()
-        self._opened.close()
+
+    def is_gone(self) -> bool:
+        """Whether nothing is left of the processes that were killed."""
+        for rank in [rank for rank in self._leaving if rank.process.poll() is not None]:
+            rank.said.close()
+            self._leaving.remove(rank)
+        return not self._leaving
 
     def wait(self, deadline_s: float) -> None:
         """Wait until all processes have ended, or that time on the monotonic clock has come."""
-        for rank in self.ranks:
+        for rank in (*self.ranks, *self._leaving):
             with suppress(subprocess.TimeoutExpired):
                 rank.process.wait(max(0.0, deadline_s - time.monotonic()))
 

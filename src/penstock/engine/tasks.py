@@ -6,6 +6,7 @@ Owns the queue and what listeners are told. Does not know ranks beyond the numbe
 from __future__ import annotations
 
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -43,6 +44,13 @@ class _Task:
     begun_s: float = 0.0
     said: Ended | None = None
     is_cancelled: bool = False
+
+    def tell(self, event: OrderEvent) -> None:
+        """Have the listener hear of something; what it raises is its own."""
+        try:
+            self.listener(event)
+        except Exception:  # it runs in the thread that all orders need
+            traceback.print_exc()
 
 
 class Tasks:
@@ -95,7 +103,7 @@ class Tasks:
         for order in orders:
             task = self._tasks[order.id]
             task.group, task.begun_s = group, time.monotonic()
-            task.listener(Began(id=order.id, group=group))
+            task.tell(Began(id=order.id, group=group))
         return orders
 
     def of_group(self, group: int) -> list[str]:
@@ -130,7 +138,7 @@ class Tasks:
             self._stepped_s.append(time.monotonic())
             self._forget_steps()
         if not task.is_cancelled:
-            task.listener(event)
+            task.tell(event)
 
     def finish(self, group: int) -> None:
         """End what a group worked on: all its ranks have let go."""
@@ -165,7 +173,7 @@ class Tasks:
         timings = msgspec.structs.replace(said.timings, queue_s=begun_s - task.asked_s, total_s=now_s - task.asked_s)
         if task.is_cancelled:
             failure = CANCELLED
-        task.listener(Ended(id=task.order.id, timings=timings, failure=failure))
+        task.tell(Ended(id=task.order.id, timings=timings, failure=failure))
 
     def _forget_steps(self) -> None:
         while self._stepped_s and time.monotonic() - self._stepped_s[0] > _WINDOW_S:

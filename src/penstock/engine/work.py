@@ -71,8 +71,27 @@ class Worker:
         return self._world.rank == 0
 
     def run(self, orders: tuple[Order, ...]) -> None:
-        """Carry out one order, or several as one batch; whatever happens, each is told to have ended."""
+        """Carry out one order, or several as one batch; whatever happens, each is told to have ended.
+
+        Where a batch fails, each of its orders that is not made yet runs by itself: one may be to blame, or their
+        number.
+        """
         course = _Course(orders, self._line.say if self._writes else lambda message: None)
+        failure = self._failure_of(orders, course)
+        is_batch = len(orders) > 1 and failure is not None and failure.code != "cancelled"
+        alone = [order for order in orders if is_batch and order.id not in course.made]
+        for order in alone:
+            self.run((order,))
+        ended = [order for order in orders if order not in alone]
+        if is_batch:
+            failure = None
+        if self._writes or failure is not None:
+            timings = course.timings()
+            for order in ended:
+                self._line.say(Ended(id=order.id, timings=timings, failure=failure))
+
+    def _failure_of(self, orders: tuple[Order, ...], course: _Course) -> Failure | None:
+        """Make what is ordered; why that failed, where it did."""
         failure = None
         try:
             with self._attending(orders, course):
@@ -90,10 +109,7 @@ class Worker:
         if failure is not None:
             gc.collect()  # what the failed call still holds; its traceback is gone by now
             torch.cuda.empty_cache()  # nothing where there is no CUDA
-        if self._writes or failure is not None:
-            timings = course.timings()
-            for order in orders:
-                self._line.say(Ended(id=order.id, timings=timings, failure=failure))
+        return failure
 
     def _is_alone_with(self, error: Exception) -> bool:
         """Whether other ranks still wait for this one, which failed where they do not: its end is theirs then."""
@@ -156,6 +172,7 @@ class Worker:
                 elapsed_s=course.elapsed_s,
             )
             self._line.say(Made(id=order.id, file=self._save(order, result, 0)))
+            course.made.add(order.id)
         course.leave()
 
     @contextmanager
@@ -206,6 +223,8 @@ class Worker:
         try:
             with course.aside():
                 picture = previews.picture()
+        except CancelledError:
+            raise
         except GenerationError as error:
             print(f"order {order.id}: no pictures of unfinished latents: {error}", file=sys.stderr, flush=True)
             return None
@@ -256,6 +275,9 @@ class _Course:
     Args:
         orders: that run.
         say: tells; does nothing on ranks that do not.
+
+    Attributes:
+        made: ids of the orders of a batch whose pictures are written.
     """
 
     def __init__(self, orders: tuple[Order, ...], say: Callable[[FromRank], None]) -> None:
@@ -267,6 +289,7 @@ class _Course:
         self._seconds: dict[str, float] = {}
         self._num_steps = 0
         self._is_aside = False
+        self.made: set[str] = set()
 
     @property
     def elapsed_s(self) -> float:

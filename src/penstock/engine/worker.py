@@ -2,8 +2,8 @@
 
     python -m penstock.engine.worker < config.json
 
-The main thread works; a thread beside it speaks with the engine, beats, and answers questions. Owns that process. Does
-not know how an order is carried out (`work`).
+The main thread works; a thread beside it speaks with the engine and beats, and another answers questions, which may
+take as long as a picture takes to open. Owns that process. Does not know how an order is carried out (`work`).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 import traceback
+from contextlib import suppress
 from queue import SimpleQueue
 
 import msgspec
@@ -52,7 +53,7 @@ _INSIDE = "inproc://speaks"
 
 
 class Line:
-    """This rank's line to its engine: a thread of its own sends, beats and listens.
+    """This rank's line to its engine: a thread of its own sends, beats and listens, and one answers questions.
 
     Args:
         config: names the engine's socket and this rank.
@@ -77,8 +78,10 @@ class Line:
         self._engine = self._context.socket(zmq.DEALER)
         self._engine.identity = config.name.encode()
         self._engine.connect(config.address)
+        self._questions: SimpleQueue[Check] = SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="penstock-line", daemon=True)
         self._thread.start()
+        threading.Thread(target=self._answer, name="penstock-answers", daemon=True).start()
 
     def say(self, message: FromRank) -> None:
         """Send a message to the engine; from the main thread."""
@@ -118,10 +121,20 @@ class Line:
         elif isinstance(message, Cancel):
             self.cancelled.add(message.id)
         elif isinstance(message, Check):
-            self._engine.send(encode(Checked(number=message.number, failure=self._check(message))))
+            self._questions.put(message)
         elif isinstance(message, Close):
             self.is_closed = True
             self.inbox.put(None)
+
+    def _answer(self) -> None:
+        """Answer one question after the other, as long as there is a line to do it on."""
+        with suppress(zmq.ZMQError):  # it is closed
+            while True:
+                message = self._questions.get()
+                checked = encode(Checked(number=message.number, failure=self._check(message)))
+                with self._context.socket(zmq.PUSH) as mouth:
+                    mouth.connect(_INSIDE)
+                    mouth.send(checked)
 
     def _check(self, message: Check) -> Failure | None:
         """Why the pipeline would not take a request; None where it would."""
@@ -131,7 +144,7 @@ class Line:
             call_arguments(message.request, self.prepared.skeleton.pipeline, self.prepared.notes.defaults)
         except RequestError as error:
             return Failure(code="request_invalid", message=str(error), param=error.param)
-        except Exception as error:  # this thread beats: it must not end
+        except Exception as error:  # this thread answers: it must not end
             traceback.print_exc()
             return Failure(code="request_invalid", message=f"the pipeline's own check failed: {type(error).__name__}.")
         return None
@@ -172,11 +185,10 @@ def work(line: Line, config: WorkConfig) -> None:
         worker = _made_ready(line, config)
     except PenstockError as error:
         line.say(Refused(kind=type(error).__name__, message=str(error)))
-        line.close()
         sys.exit(1)
     while (run := line.inbox.get()) is not None:
         worker.run(run.orders)
-        line.cancelled.difference_update(order.id for order in run.orders)
+        line.cancelled.clear()  # the engine cancels nothing else before it hears that this rank is idle
         line.say(Idle())
     stop()
 
