@@ -78,16 +78,14 @@ class Worker:
         """
         course = _Course(orders, self._line.say if self._writes else lambda message: None)
         failure = self._failure_of(orders, course)
-        is_batch = len(orders) > 1 and failure is not None and failure.code != "cancelled"
-        alone = [order for order in orders if is_batch and order.id not in course.made]
-        for order in alone:
-            self.run((order,))
-        ended = [order for order in orders if order not in alone]
-        if is_batch:
-            failure = None
+        if len(orders) > 1 and failure is not None and failure.code != "cancelled":
+            for order in orders:
+                if order.id not in course.made:
+                    self.run((order,))
+            orders, failure = tuple(order for order in orders if order.id in course.made), None
         if self._writes or failure is not None:
             timings = course.timings()
-            for order in ended:
+            for order in orders:
                 self._line.say(Ended(id=order.id, timings=timings, failure=failure))
 
     def _failure_of(self, orders: tuple[Order, ...], course: _Course) -> Failure | None:
