@@ -58,6 +58,8 @@ def test_every_flag_reaches_its_setting(started: dict[str, Any], tmp_path: Path)
         "server_name": "alpha",
         "lora_dir": str(tmp_path),
         "allow_remote_media": ["a.org", "*.b.org"],
+        "allow_host": ["gpu.example.org"],
+        "trusted_proxy": ["127.0.0.1", "10.0.0.0/8"],
         "start_timeout_s": 8.0,
         "step_timeout_s": 9.0,
         "log_format": "json",

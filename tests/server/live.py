@@ -44,7 +44,7 @@ class Live:
 def parts(folder: Path, engine: EngineDouble, **settings: Any) -> tuple[FastAPI, Store, Files, Path]:
     """An app on a folder of its own; two on the same folder are a server that was started again."""
     store = Store(f"sqlite:///{folder}/jobs.db", server="alpha")
-    files = Files(f"file://{folder}/files", begin=store.begin_file)
+    files = Files(f"file://{folder}/files", begin=store.begin_file, abandon=store.abandon_file)
     spool = folder / "spool"
     spool.mkdir(exist_ok=True)
     config = ServeConfig(**settings)
@@ -58,7 +58,9 @@ def serving(folder: Path, engine: EngineDouble | None = None, **settings: Any) -
     engine = engine or EngineDouble()
     app, store, files, spool = parts(folder, engine, **settings)
     listener = bind("127.0.0.1", 0)
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=5))
+    server = uvicorn.Server(
+        uvicorn.Config(app, log_config=None, access_log=False, proxy_headers=False, timeout_graceful_shutdown=5)
+    )
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     port = listener.getsockname()[1]
     thread.start()

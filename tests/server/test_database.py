@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
+from sqlalchemy.exc import SQLAlchemyError
 
 from penstock.errors import ConfigError
-from penstock.server.database import SCHEMA, Database, StoreError
+from penstock.server.database import SCHEMA, Database, LeaseLostError, StoreError, _parsed, shown_url
 
 HOLD = """
 import sys, time
@@ -143,3 +144,66 @@ def test_a_name_is_held_by_one_until_its_process_ends(database_url: str) -> None
         assert other.is_leased
         other.close()
         assert not other.is_leased
+
+
+def test_whether_another_holds_a_name(database_url: str) -> None:
+    one, other = Database(database_url), Database(database_url)
+    one.lease("alpha")
+    with other.holding("alpha") as is_free:
+        assert not is_free
+    with other.holding("beta") as is_free:
+        assert is_free
+        with one.holding("beta") as is_free_too:
+            assert not is_free_too
+    with one.holding("beta") as is_free:
+        assert is_free
+    one.close()
+    with other.holding("alpha") as is_free:
+        assert is_free
+    other.lease("alpha")
+    other.close()
+
+
+def test_locks_of_dead_names_do_not_pile_up(tmp_path: Path) -> None:
+    database = Database(f"sqlite:///{tmp_path}/jobs.sqlite")
+    for number in range(5):
+        with database.holding(f"penstock-{number}"):
+            assert len(list(tmp_path.glob("*.lock"))) == 1
+    database.close()
+    assert not list(tmp_path.glob("*.lock"))
+
+
+def test_a_lease_that_postgresql_has_lost_is_taken_again_or_told_of(postgres_url: str) -> None:
+    database, other = Database(postgres_url), Database(postgres_url)
+    assert not database.renew()  # it holds none
+    database.lease("alpha")
+    assert not database.renew()
+    end_sessions(other)
+    assert database.renew() and not database.renew() and database.is_leased
+    end_sessions(other)
+    other.lease("alpha")
+    with pytest.raises(LeaseLostError, match="'alpha', and another server has taken it"):
+        database.renew()
+    database.close()
+    other.close()
+
+
+def end_sessions(database: Database) -> None:
+    """As a restart of PostgreSQL does with all sessions but this one."""
+    with database.reading() as connection:
+        connection.exec_driver_sql(
+            "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity"
+            " WHERE datname = current_database() AND pid <> pg_backend_pid()"
+        )
+
+
+def test_no_password_is_shown_wherever_it_stands() -> None:
+    for url in (
+        "postgresql://ann:hunter2@host:5432/jobs",
+        "postgresql://host:5432/jobs?user=ann&password=hunter2",
+        "postgresql://host:5432/jobs?sslpassword=hunter2",
+    ):
+        assert shown_url(url) == "postgresql+psycopg://host:5432/jobs".replace("+psycopg", "")
+        database = Database.__new__(Database)
+        database._url = _parsed(url)
+        assert database._reason(SQLAlchemyError("no entry for hunter2")) == "no entry for ***"

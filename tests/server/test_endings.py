@@ -62,6 +62,14 @@ def test_why_it_was_not_made(code: str, reason: str, said: str) -> None:
     assert "progress" not in failed
 
 
+def test_what_a_rank_wrote_last_is_not_for_clients() -> None:
+    def values(run: Run) -> dict[str, Any]:
+        failure = Failure(code="rank_died", message="rank 0 died (exit 1): /home/ann/model is broken. Ask again.")
+        return ending(run, failure, Ended(id="x"), 60)
+
+    assert of_run(values)["error_message"] == "rank 0 died (exit 1). Ask again."
+
+
 def test_fields_are_those_of_a_job() -> None:
     assert set(FIELDS) <= set(Job.__dataclass_fields__)
 

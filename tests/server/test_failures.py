@@ -8,32 +8,33 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from penstock.errors import ConfigError, ModelError, NotReadyError, QueueFullError, RequestError
-from penstock.server.failures import ApiError, envelope, from_error, from_validation, of_failure, stopping
+from penstock.server.failures import ApiError, envelope, from_error, from_validation, how_it_died, of_failure, stopping
 from penstock.server.files import StorageError
 from penstock.server.store import StoreError, UnknownJobError
 from penstock.wire import Failure
 
 
 @pytest.mark.parametrize(
-    ("code", "status", "asks_again"),
+    ("code", "status", "retry_s", "is_repeated"),
     [
-        ("request_invalid", 400, False),
-        ("cancelled", 409, False),
-        ("out_of_memory", 507, False),
-        ("generation_failed", 500, False),
-        ("rank_died", 503, True),
-        ("rank_hung", 503, True),
-        ("engine_closed", 503, True),
-        ("server_stopped", 503, True),
-        ("storage_failed", 503, True),
-        ("something_new", 500, False),
+        ("request_invalid", 400, None, None),
+        ("cancelled", 409, None, False),
+        ("out_of_memory", 507, None, False),
+        ("generation_failed", 500, None, False),
+        ("rank_died", 503, "5", False),
+        ("rank_hung", 503, "5", False),
+        ("engine_closed", 503, "10", None),
+        ("server_stopped", 503, "10", None),
+        ("server_died", 503, "5", None),
+        ("storage_failed", 503, "5", None),
+        ("something_new", 500, None, False),
     ],
 )
-def test_failures_of_jobs(code: str, status: int, asks_again: bool) -> None:
+def test_failures_of_jobs(code: str, status: int, retry_s: str | None, is_repeated: bool | None) -> None:
     answer = of_failure(Failure(code=code, message="why", param="size")).response()
     assert answer.status_code == status
-    assert ("retry-after" in answer.headers) == asks_again
-    assert (answer.headers.get("x-should-retry") == "false") == (not asks_again and status != 400)
+    assert answer.headers.get("retry-after") == retry_s
+    assert (answer.headers.get("x-should-retry") == "false") == (is_repeated is False)
     error = json.loads(answer.body)["error"]
     assert error["code"] == code and error["param"] == "size" and error["message"] == "why"
 
@@ -87,6 +88,15 @@ def test_validation_names_the_field_and_what_to_do() -> None:
     assert answer.status == 400 and answer.param == "n"
     assert "'two'" in answer.message and answer.message.endswith("Give a number.")
     assert from_validation(caught.value.errors()[1:]).param == "lora.0"
+
+
+def test_no_wait_is_longer_than_clients_obey() -> None:
+    assert from_error(QueueFullError("full", 600)).response().headers["retry-after"] == "60"
+
+
+def test_how_a_rank_died_is_told_without_what_it_wrote() -> None:
+    assert how_it_died("rank 1 died (signal 9, Killed): /home/ann/x. Ask again.") == "rank 1 died (signal 9, Killed)"
+    assert how_it_died("no step for 5 s") is None
 
 
 def test_stopping_says_when_to_come_back() -> None:

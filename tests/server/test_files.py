@@ -152,6 +152,20 @@ def test_the_name_is_told_before_the_file_is_there(url: str, tmp_path: Path) -> 
     run(work)
 
 
+def test_a_file_that_is_not_whole_is_abandoned(url: str, tmp_path: Path) -> None:
+    async def work() -> None:
+        begun: list[str] = []
+        abandoned: list[str] = []
+        files = Files(url, begin=begun.append, abandon=abandoned.append)
+        await files.put(a_source(tmp_path, 3), "image/png")
+        assert abandoned == []
+        with pytest.raises(StorageError):
+            await files.put(tmp_path / "gone", "image/png")
+        assert abandoned == begun[1:]
+
+    run(work)
+
+
 def test_a_source_that_is_gone_is_a_failure_of_the_storage(url: str, tmp_path: Path) -> None:
     async def work() -> None:
         with pytest.raises(StorageError, match="failed: No such file"):

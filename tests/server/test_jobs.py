@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,56 +13,13 @@ from penstock.errors import NotReadyError, QueueFullError
 from penstock.request import GenerationRequest
 from penstock.server.endings import failure_of
 from penstock.server.failures import ApiError
-from penstock.server.files import Files, StorageError
-from penstock.server.job import Job, new_id
-from penstock.server.jobs import Jobs
-from penstock.server.metrics import Metrics
+from penstock.server.job import Job
 from penstock.server.runs import Run
-from penstock.server.settings import ServeConfig
-from penstock.server.store import Store, StoreError
-from penstock.wire import Failure, Order
+from penstock.server.store import Store
+from penstock.wire import Failure
+from tests.server.bench import Bench, go
 from tests.server.engine_double import EngineDouble
 from tests.server.jobs import a_job
-
-
-class Bench:
-    """Jobs with a double of the engine, and a real store and storage."""
-
-    def __init__(self, folder: Path, engine: EngineDouble, **settings: Any) -> None:
-        self.folder = folder
-        self.engine = engine
-        self.store = Store(f"sqlite:///{folder}/jobs.db", server="alpha")
-        self.files = Files(f"file://{folder}/files", begin=self.store.begin_file)
-        self.metrics = Metrics(engine)  # type: ignore[arg-type]
-        self.jobs = Jobs(
-            ServeConfig(**settings),
-            engine=engine,  # type: ignore[arg-type]
-            store=self.store,
-            files=self.files,
-            metrics=self.metrics,
-            server="alpha",
-        )
-
-    async def begin(self, prompt: str = "x", num_images: int = 1, **options: Any) -> Run:
-        kind = self.engine.description["kind"]  # type: ignore[index]
-        job_id = new_id(kind)
-        (self.folder / job_id).mkdir()
-        request = GenerationRequest(prompt=prompt, seed=3, num_images=num_images)
-        job = a_job(id=job_id, kind=kind, created_at=int(time.time()), prompt=prompt, seed=3)
-        return await self.jobs.begin(
-            job, Order(id=job_id, request=request, folder=str(self.folder / job_id)), **options
-        )
-
-    async def made(self, prompt: str = "x", **options: Any) -> Job:
-        run = await self.begin(prompt, **options)
-        await run.is_over.wait()
-        return run.job
-
-    def kept(self) -> list[str]:
-        return sorted(path.name for path in (self.folder / "files").iterdir())
-
-    def count(self, name: str, **labels: str) -> float:
-        return self.metrics.registry.get_sample_value(name, labels) or 0.0
 
 
 @pytest.fixture
@@ -73,19 +29,6 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
     yield made
     with_engine.close()
     made.store.close()
-
-
-def go(bench: Bench, main: Callable[[], Awaitable[Any]]) -> Any:
-    """Run within the life of the jobs."""
-
-    async def whole() -> Any:
-        await bench.jobs.start()
-        try:
-            return await main()
-        finally:
-            await bench.jobs.stop()
-
-    return asyncio.run(whole())
 
 
 def test_a_job_is_recorded_with_its_files(bench: Bench) -> None:
@@ -174,58 +117,6 @@ def test_what_the_queue_refuses_leaves_nothing(bench: Bench) -> None:
     assert bench.store.list(None) == ([], False) and bench.jobs.num_unfinished == 0
 
 
-def test_storage_that_fails_fails_the_job(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def full(path: Path, media_type: str) -> str:
-        raise StorageError("no space left on s3://secret")
-
-    monkeypatch.setattr(bench.files, "put", full)
-
-    async def main() -> Job:
-        return await bench.made()
-
-    job = go(bench, main)
-    assert (job.status, job.error_code) == ("failed", "storage_failed")
-    assert "secret" not in (job.error_message or "") and failure_of(job).retry_after_s
-
-
-def test_a_database_that_fails_at_the_end_is_asked_again(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    update, is_down = bench.store.update, [True]
-
-    def failing(job_id: str, **values: Any) -> Job | None:
-        if is_down[0]:
-            raise StoreError("it is away")
-        return update(job_id, **values)
-
-    monkeypatch.setattr(bench.store, "update", failing)
-
-    async def main() -> tuple[Job, Job | None]:
-        job = await bench.made()
-        behind = bench.store.get(job.id)
-        assert (await bench.jobs.get(job.id, "ann")).status == "completed"  # it is known by heart
-        is_down[0] = False
-        return job, behind
-
-    job, behind = go(bench, main)
-    assert behind is not None and behind.status == "queued"
-    assert bench.store.get(job.id) == job  # the end of the server was the last chance to write it down
-
-
-def test_a_database_that_fails_at_the_beginning_accepts_nothing(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    def failing(job: Job) -> None:
-        raise StoreError("it is away")
-
-    monkeypatch.setattr(bench.store, "create", failing)
-
-    async def main() -> None:
-        with pytest.raises(StoreError):
-            await bench.begin()
-        while bench.jobs.num_unfinished:
-            await asyncio.sleep(0.01)
-
-    go(bench, main)
-    assert bench.kept() == []
-
-
 def test_delete_waits_until_the_ranks_have_let_go(bench: Bench) -> None:
     async def main() -> list[Any]:
         bench.engine.gate.clear()
@@ -270,7 +161,8 @@ def test_delete_of_a_finished_job_removes_files_and_record(bench: Bench) -> None
 
 
 def test_another_servers_unfinished_job_is_not_ours_to_cancel(bench: Bench) -> None:
-    theirs = a_job(server="beta")
+    theirs, beta = a_job(server="beta"), Store(f"sqlite:///{bench.folder}/jobs.db", server="beta")
+    beta.fail_unfinished("server_restarted", "it runs")
     bench.store.create(theirs)
 
     async def main() -> int:
@@ -279,6 +171,7 @@ def test_another_servers_unfinished_job_is_not_ours_to_cancel(bench: Bench) -> N
         return caught.value.status
 
     assert go(bench, main) == 409 and bench.store.get(theirs.id) is not None
+    beta.close()
 
 
 def test_stop_fails_what_runs_and_takes_nothing_new(bench: Bench) -> None:
@@ -320,6 +213,10 @@ def test_a_restart_fails_what_was_under_way_and_keeps_the_rest(tmp_path: Path) -
     for job in (lost, done, theirs):
         store.create(job)
     store.close()
+    beta = Store(f"sqlite:///{tmp_path}/jobs.db", server="beta")
+    beta.fail_unfinished("server_restarted", "it runs", expires_at=None)
+    theirs = a_job(server="beta")
+    beta.create(theirs)
     engine = EngineDouble()
     bench = Bench(tmp_path, engine)
 
@@ -330,10 +227,11 @@ def test_a_restart_fails_what_was_under_way_and_keeps_the_rest(tmp_path: Path) -
     assert [job.status for job in found] == ["failed", "completed", "queued"]
     assert found[0].error_code == "server_restarted" and found[0].expires_at
     bench.store.close()
+    beta.close()
 
 
 def test_expired_jobs_go_with_their_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("penstock.server.jobs.SWEEP_S", 0.05)
+    monkeypatch.setattr("penstock.server.upkeep.SWEEP_S", 0.05)
     bench = Bench(tmp_path, EngineDouble(), ttl_s=1)
 
     async def main() -> Job:
@@ -346,18 +244,3 @@ def test_expired_jobs_go_with_their_files(tmp_path: Path, monkeypatch: pytest.Mo
     go(bench, main)
     assert bench.kept() == []
     bench.store.close()
-
-
-def test_a_defect_in_following_ends_the_job(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(self: Run, event: object) -> None:
-        raise ZeroDivisionError
-
-    monkeypatch.setattr(Run, "advance", broken)
-
-    async def main() -> Job:
-        return await asyncio.wait_for(bench.made(), 20)
-
-    job = go(bench, main)
-    assert (job.status, job.error_code) == ("failed", "internal_error")
-    record = bench.store.get(job.id)
-    assert record is not None and record.status == "failed"

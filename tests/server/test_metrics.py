@@ -30,10 +30,18 @@ def test_everything_that_is_promised_is_there(engine: EngineDouble) -> None:
     for part, seconds in {"queue": 1, "encode": 2, "denoise": 3, "decode": 4, "save": 5, "total": 15}.items():
         samples = {sample.name: sample.value for sample in families[f"penstock_{part}_seconds"].samples}
         assert samples[f"penstock_{part}_seconds_sum"] == seconds
-    names = "queue_depth steps_per_second groups group_restarts device_weight_bytes host_weight_bytes jobs failures"
+    names = "queue_depth steps_per_second groups group_restarts device_memory_bytes host_memory_bytes jobs failures"
     assert {f"penstock_{name}" for name in (*names.split(), "cancels", "http_requests", "steps")} <= families.keys()
-    (sample,) = families["penstock_host_weight_bytes"].samples
+    (sample,) = families["penstock_host_memory_bytes"].samples
     assert sample.labels == {"group": "0", "rank": "0"} and sample.value == 2000
+
+
+def test_names_are_as_prometheus_asks(engine: EngineDouble) -> None:
+    text = Metrics(engine).text().decode()  # type: ignore[arg-type]
+    assert "\npenstock_group_restarts_total 0.0" in text
+    assert "# TYPE penstock_device_memory_bytes gauge" in text
+    for family in text_string_to_metric_families(text):
+        assert family.type != "counter" or all(one.name.endswith(("_total", "_created")) for one in family.samples)
 
 
 def test_the_engine_is_asked_when_somebody_looks(engine: EngineDouble) -> None:

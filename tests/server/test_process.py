@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,10 +18,11 @@ import httpx2
 import pytest
 
 from penstock.errors import ConfigError
-from penstock.server.process import address_of, bind, data_folder, run, server_name
+from penstock.server.process import Server, address_of, bind, data_folder, run, server_name
 from penstock.server.settings import ServeConfig
 from penstock.server.store import Store
 from tests.server.engine_double import EngineDouble
+from tests.server.live import parts
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -111,17 +113,56 @@ def test_what_the_ranks_refuse_ends_it_with_their_words(tmp_path: Path) -> None:
     assert server.returncode == 2 and "error: offload='none' does not fit" in output
 
 
+def test_an_engine_that_has_failed_for_good_ends_it_with_its_jobs_and_a_word(tmp_path: Path) -> None:
+    with process(tmp_path, "mortal") as (server, url), httpx2.Client(base_url=url) as http:
+        job_id = str(http.post("/v1/videos", json={"prompt": "x"}).json()["id"])
+        output, _ = server.communicate(timeout=30)
+    assert server.returncode == 1 and "error: no ranks run any more" in output
+    assert status(tmp_path, job_id) == ("failed", "rank_died")
+
+
+def test_a_server_that_cannot_begin_says_so(tmp_path: Path) -> None:
+    with process_that_fails(tmp_path, "lifeless", 1) as output:
+        assert "error: the server could not begin" in output and "listening" not in output
+
+
+def test_two_on_free_ports_go_by_names_of_their_own(tmp_path: Path) -> None:
+    with process(tmp_path, "unnamed") as (_, one), process(tmp_path, "unnamed") as (_, other):
+        names = set()
+        for url in (one, other):
+            with httpx2.Client(base_url=url) as http:
+                names.add(http.get("/v1/config").json()["server"]["server_name"])
+        assert len(names) == 2
+
+
+def test_proxies_are_believed_where_they_are_named(tmp_path: Path) -> None:
+    for given, believed in (([], "127.0.0.1"), (["127.0.0.1"], "9.9.9.9")):
+        engine = EngineDouble()
+        app, store, _, _ = parts(tmp_path, engine, trusted_proxy=given)
+        with bind("127.0.0.1", 0) as listener:
+            url = address_of(listener)
+            server = Server(app, engine, url, lambda line: None)  # type: ignore[arg-type]
+            thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+            thread.start()
+            with httpx2.Client(base_url=url, headers={"x-forwarded-for": "9.9.9.9"}) as http:
+                assert http.post("/v1/images/generations", json={"prompt": "x"}).status_code == 200
+            server.should_exit = True
+            thread.join(30)
+        assert engine.orders[0].client == believed
+        store.close()
+
+
 def test_two_of_one_name_do_not_share_a_database(tmp_path: Path) -> None:
     with process(tmp_path) as (_, _), process_that_fails(tmp_path) as output:
         assert "--server-name" in output
 
 
 @contextmanager
-def process_that_fails(folder: Path) -> Iterator[str]:
-    command = [sys.executable, "-m", "tests.server.server_process", str(folder)]
+def process_that_fails(folder: Path, trouble: str = "", code: int = 2) -> Iterator[str]:
+    command = [sys.executable, "-m", "tests.server.server_process", str(folder), trouble]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "src")])}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2
+    assert done.returncode == code
     yield done.stdout
 
 
@@ -146,8 +187,8 @@ def test_a_network_without_a_key_is_refused_before_anything_starts(
 
 
 def test_names_and_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert server_name(ServeConfig(server_name="alpha")) == "alpha"
-    names = {server_name(ServeConfig(port=port)) for port in (8000, 8001)}
+    assert server_name(ServeConfig(server_name="alpha"), 8000) == "alpha"
+    names = {server_name(ServeConfig(port=0), port) for port in (8000, 8001)}  # the ports that they got
     assert len(names) == 2 and all(socket.gethostname() in name for name in names)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert data_folder() == tmp_path / "penstock"

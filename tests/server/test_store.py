@@ -261,6 +261,57 @@ def test_a_file_that_was_begun_in_a_former_life_is_known_until_it_is_forgotten(o
     assert store.begun_files() == ["late"]
 
 
+def test_dead_servers_jobs_fail_and_their_files_are_taken_over(
+    open_store: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("penstock.server.database._GRACE_S", 0.0)
+    alpha, beta, dead = open_store(), open_store("beta"), open_store("dead")
+    for store in (alpha, beta, dead):
+        store.fail_unfinished("server_restarted", "it runs")
+    mine, theirs, lost = a_job(), a_job(server="beta"), a_job(server="dead")
+    for store, job in ((alpha, mine), (beta, theirs), (dead, lost)):
+        store.create(job)
+        store.begin_file(job.server)
+    assert alpha.fail_dead("server_died", "it has ended", expires_at=7) == 0
+    dead.close()
+    assert alpha.fail_dead("server_died", "it has ended", expires_at=7) == 1
+    assert alpha.fail_dead("server_died", "it has ended") == 0
+    failed = alpha.get(lost.id)
+    assert failed is not None and (failed.status, failed.error_code, failed.expires_at) == ("failed", "server_died", 7)
+    assert alpha.get(mine.id) == mine and alpha.get(theirs.id) == theirs
+    assert alpha.begun_files() == ["dead"] and beta.begun_files() == []
+
+
+def test_a_server_without_a_lease_for_a_moment_is_not_dead(postgres_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    alpha, beta = Store(postgres_url, server="alpha"), Store(postgres_url, server="beta")
+    alpha.fail_unfinished("server_restarted", "it runs")
+    job = a_job(server="beta")
+    beta.create(job)
+    assert alpha.fail_dead("server_died", "x") == 0  # its session may have ended, and not itself
+    monkeypatch.setattr("penstock.server.database._GRACE_S", 0.0)
+    assert alpha.fail_dead("server_died", "x") == 1
+    alpha.close()
+    beta.close()
+
+
+def test_a_file_that_is_abandoned_is_known_at_once(store: Store) -> None:
+    for name in ("a", "b"):
+        store.begin_file(name)
+    store.abandon_file("b")
+    assert store.begun_files() == ["b"]
+    store.forget_files(["b"])
+    assert store.begun_files() == []
+
+
+def test_numbers_that_are_none_do_not_keep_a_job_from_its_record(store: Store) -> None:
+    job = a_job(arguments={"guidance_scale": float("nan"), "sigmas": [1.0, float("inf")]})
+    store.create(job)
+    store.update(job.id, status="completed", timings={"total_s": float("nan")})
+    found = store.get(job.id)
+    assert found is not None and found.arguments == {"guidance_scale": None, "sigmas": [1.0, None]}
+    assert found.timings == {"total_s": None}
+
+
 def test_of_many_threads_and_servers_one_ends_a_job(open_store: Open) -> None:
     stores = [open_store(), open_store("beta")]
     jobs = [a_job() for _ in range(30)]

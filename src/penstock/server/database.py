@@ -31,6 +31,7 @@ _BUSY_S = 30
 _CONNECT_S = 10
 _LEASE_S = 1.0
 _LEASE_POLL_S = 0.02
+_GRACE_S = 15.0  # without a lease, until a server counts as dead: PostgreSQL may have ended its session alone
 _LOCK = 0x70656E73746F636B  # of all penstocks in a PostgreSQL database, while tables are made
 
 _METADATA = sa.MetaData()
@@ -83,6 +84,10 @@ class StoreError(PenstockError):
     """The database did not do what it was told; the message says what it answered."""
 
 
+class LeaseLostError(PenstockError):
+    """Another server holds the name that was this one's: both may not go on."""
+
+
 class Database:
     """Connections to a database whose tables are there. Thread-safe.
 
@@ -99,6 +104,7 @@ class Database:
         # SQLite has one writer at a time: its threads queue here, which is fairer and faster than its own polling.
         self._turn: AbstractContextManager[Any] = Lock() if self._is_sqlite else nullcontext()
         self._lease: int | sa.Connection | None = None
+        self._leased = ""
         self._engine = _engine(self._url)
         try:
             self._prepare()
@@ -114,8 +120,7 @@ class Database:
 
     def __str__(self) -> str:
         """The URL without anything secret."""
-        place = f"{self._url.host or ''}{f':{self._url.port}' if self._url.port else ''}"
-        return f"{self._url.get_backend_name()}://{place}/{self._url.database or ''}"
+        return _shown(self._url)
 
     @contextmanager
     def reading(self) -> Iterator[sa.Connection]:
@@ -142,6 +147,11 @@ class Database:
         """Whether a name is held."""
         return self._lease is not None
 
+    @property
+    def grace_s(self) -> float:
+        """For how long a name must have been free before its server counts as dead."""
+        return 0.0 if self._is_sqlite else _GRACE_S
+
     def lease(self, name: str) -> None:
         """Hold a name until `close`, or until the process ends, however it does.
 
@@ -150,11 +160,9 @@ class Database:
                 notice that a client is dead.
             StoreError: where the database fails.
         """
-        digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()
         deadline_s = time.monotonic() + _LEASE_S
         while self._lease is None:
-            with self._explained():
-                self._lease = self._locked_file(digest) if self._is_sqlite else self._locked_session(digest)
+            self._lease = self._locked(name)
             if self._lease is None and time.monotonic() > deadline_s:
                 raise ConfigError(
                     f"a server named {name!r} is running with the database {self}. "
@@ -162,32 +170,91 @@ class Database:
                 )
             if self._lease is None:
                 time.sleep(_LEASE_POLL_S)
+            else:
+                self._leased = name
+
+    def renew(self) -> bool:
+        """Make sure that the leased name is still held: that of PostgreSQL is lost with its session.
+
+        Returns:
+            Whether it had been lost, and was taken again.
+
+        Raises:
+            LeaseLostError: where another has taken it meanwhile.
+            StoreError: where the database fails; try again.
+        """
+        if not self._leased or isinstance(self._lease, int):
+            return False
+        if self._lease is not None:
+            try:
+                self._lease.scalar(sa.select(1))
+                return False
+            except SQLAlchemyError:
+                self._let_go(self._lease)
+                self._lease = None
+        self._lease = self._locked(self._leased)
+        if self._lease is None:
+            raise LeaseLostError(
+                f"the database {self} ended the session that held the name {self._leased!r}, and another server has "
+                "taken it. Start this one again with another --server-name."
+            )
+        return True
+
+    @contextmanager
+    def holding(self, name: str) -> Iterator[bool]:
+        """Hold another name as long as the block runs; False where somebody holds it already.
+
+        Raises:
+            StoreError: where the database fails.
+        """
+        held = self._locked(name)
+        try:
+            yield held is not None
+        finally:
+            if isinstance(held, int):
+                Path(self._lock_path(name)).unlink(missing_ok=True)  # nobody is left who would
+            if held is not None:
+                self._let_go(held)
 
     def close(self) -> None:
         """Let go of all connections; idempotent."""
-        if isinstance(self._lease, int):
-            os.close(self._lease)
-        elif self._lease is not None:
-            self._lease.invalidate()  # the end of the session is the end of its lock
-            self._lease.close()
-        self._lease = None
+        if self._lease is not None:
+            self._let_go(self._lease)
+        self._lease, self._leased = None, ""
         self._engine.dispose()
 
-    def _locked_file(self, digest: bytes) -> int | None:
-        path = f"{self._url.database}.{digest.hex()[:8]}.lock"
+    def _let_go(self, lease: int | sa.Connection) -> None:
+        if isinstance(lease, int):
+            os.close(lease)
+        else:
+            lease.invalidate()  # the end of the session is the end of its lock
+            lease.close()
+
+    def _locked(self, name: str) -> int | sa.Connection | None:
+        with self._explained():
+            return self._locked_file(name) if self._is_sqlite else self._locked_session(name)
+
+    def _lock_path(self, name: str) -> str:
+        return f"{self._url.database}.{_digest(name).hex()[:8]}.lock"
+
+    def _locked_file(self, name: str) -> int | None:
+        path = self._lock_path(name)
         try:
             handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise StoreError(f"{path} cannot be opened: {error.strerror}. Make its folder writable.") from error
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_there = os.path.samestat(os.fstat(handle), os.stat(path))  # and not removed between the two
         except OSError:
+            is_there = False
+        if not is_there:
             os.close(handle)
             return None
         return handle
 
-    def _locked_session(self, digest: bytes) -> sa.Connection | None:
-        key = int.from_bytes(digest[:8], "big", signed=True)
+    def _locked_session(self, name: str) -> sa.Connection | None:
+        key = int.from_bytes(_digest(name)[:8], "big", signed=True)
         with ExitStack() as stack:
             connection = stack.enter_context(self._engine.connect().execution_options(isolation_level="AUTOCOMMIT"))
             if connection.scalar(sa.select(sa.func.pg_try_advisory_lock(key))):
@@ -226,10 +293,33 @@ class Database:
     def _reason(self, error: SQLAlchemyError) -> str:
         """What the database said, in one line."""
         text = " ".join(str(getattr(error, "orig", None) or error).split()).rstrip(".")
-        secrets = (self._url.password, self._url.query.get("password"))
-        for secret in secrets:
-            text = text.replace(str(secret), "***") if secret else text
+        for secret in _secrets(self._url):
+            text = text.replace(secret, "***")
         return text
+
+
+def shown_url(url: str) -> str:
+    """The URL of a database without anything secret: no user, no password, no parameters.
+
+    Raises:
+        ConfigError: for one that names no database.
+    """
+    return _shown(_parsed(url))
+
+
+def _shown(url: sa.URL) -> str:
+    place = f"{url.host or ''}{f':{url.port}' if url.port else ''}"
+    return f"{url.get_backend_name()}://{place}/{url.database or ''}"
+
+
+def _secrets(url: sa.URL) -> list[str]:
+    """The passwords in a URL, wherever they stand."""
+    given = [value for name, value in url.normalized_query.items() if "password" in name.lower()]
+    return [secret for secret in (url.password, *(one for values in given for one in values)) if secret]
+
+
+def _digest(name: str) -> bytes:
+    return hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()
 
 
 def _parsed(url: str) -> sa.URL:

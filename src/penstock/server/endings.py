@@ -10,7 +10,7 @@ from typing import Any
 
 from msgspec.structs import asdict as fields_of
 
-from penstock.server.failures import ApiError, of_failure
+from penstock.server.failures import ApiError, how_it_died, of_failure
 from penstock.server.job import Job
 from penstock.server.pipeline import seconds_of
 from penstock.server.runs import Run
@@ -54,6 +54,8 @@ def ending(run: Run, failure: Failure | None, ended: Ended, ttl_s: int) -> dict[
     if code in ("cancelled", "engine_closed") and run.cancel_reason:
         code = "server_stopped" if run.cancel_reason == "server_stopped" else "cancelled"
         message = WORDS[run.cancel_reason]
+    if died := how_it_died(message):
+        message = f"{died}. Ask again."
     return {**values, "status": "failed", "error_code": code, "error_message": message, "files": ()}
 
 
@@ -74,6 +76,16 @@ def fail_lost(store: Store, settings: ServeConfig) -> int:
     """
     message = "the server ended while it was made, and was started again. Ask again."
     return store.fail_unfinished("server_restarted", message, expires_at=int(time.time()) + settings.ttl_s)
+
+
+def fail_dead(store: Store, settings: ServeConfig) -> int:
+    """Fail what other servers of this database were at that are no more; how many jobs that were.
+
+    Raises:
+        StoreError: where the database fails.
+    """
+    message = "the server that was at it has ended. Ask again."
+    return store.fail_dead("server_died", message, expires_at=int(time.time()) + settings.ttl_s)
 
 
 def failure_of(job: Job) -> ApiError:

@@ -5,11 +5,11 @@ Owns the order, and the cap on bytes. Does not know when it is called, databases
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import dataclass
 from typing import Protocol
 
 from penstock.server.job import Job
+from penstock.server.threads import DATABASE
 
 _BATCH = 100
 
@@ -83,13 +83,13 @@ async def sweep(store: Records, files: Removals, now: int, max_bytes: int) -> Sw
     Cost: the store's methods run in threads; many servers may sweep the same at once.
     """
     swept = Swept(failures=[])
-    for job in await asyncio.to_thread(store.expired, now):
+    for job in await DATABASE.run(store.expired, now):
         if await _remove_files(job, files, swept):
             swept.num_expired += await _forget(job, store, swept)
-    excess = await asyncio.to_thread(store.total_bytes) - max_bytes
+    excess = await DATABASE.run(store.total_bytes) - max_bytes
     stuck: set[str] = set()
     while excess > 0:
-        oldest = await asyncio.to_thread(store.oldest_finished, _BATCH + len(stuck))
+        oldest = await DATABASE.run(store.oldest_finished, _BATCH + len(stuck))
         batch = [job for job in oldest if job.id not in stuck]
         if not batch:
             break
@@ -118,7 +118,7 @@ async def _remove_files(job: Job, files: Removals, swept: Swept) -> bool:
 
 async def _forget(job: Job, store: Records, swept: Swept) -> bool:
     """Remove the record of a job without files; False where another server was faster."""
-    if not await asyncio.to_thread(store.delete, job.id):
+    if not await DATABASE.run(store.delete, job.id):
         return False
     swept.num_bytes += _bytes_of(job)
     return True
@@ -127,14 +127,14 @@ async def _forget(job: Job, store: Records, swept: Swept) -> bool:
 async def _remove_orphans(store: Records, files: Removals, swept: Swept) -> None:
     """Files that a server wrote, or half wrote, and did not live to record."""
     gone = []
-    for name in await asyncio.to_thread(store.begun_files):
+    for name in await DATABASE.run(store.begun_files):
         try:
             await files.delete(name)
             gone.append(name)
         except OSError as error:
             swept.failures.append(f"{name} of no job: {error}")
     if gone:
-        await asyncio.to_thread(store.forget_files, gone)
+        await DATABASE.run(store.forget_files, gone)
     swept.num_orphans = len(gone)
     try:
         swept.num_orphans += await files.remove_leftovers()

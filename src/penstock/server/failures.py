@@ -5,6 +5,7 @@ Owns which failure is which status, and what a client is told to do about it. Do
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,6 +24,9 @@ from penstock.wire import Failure
 NOT_READY_RETRY_S = 5
 STOPPING_RETRY_S = 10
 STORAGE_RETRY_S = 5
+RANKS_RETRY_S = 5
+LONGEST_RETRY_S = 60
+"""What the official client obeys; of longer times it takes no notice, and asks again at once."""
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 _CODES = {
@@ -37,14 +41,18 @@ _OF_RANKS: dict[str, tuple[int, int | None]] = {
     "cancelled": (409, None),
     "out_of_memory": (507, None),
     "generation_failed": (500, None),
-    "rank_died": (503, 1),
-    "rank_hung": (503, 1),
+    "rank_died": (503, RANKS_RETRY_S),
+    "rank_hung": (503, RANKS_RETRY_S),
     "engine_closed": (503, STOPPING_RETRY_S),
     "server_stopped": (503, STOPPING_RETRY_S),
-    "server_restarted": (503, 1),
+    "server_restarted": (503, RANKS_RETRY_S),
+    "server_died": (503, RANKS_RETRY_S),
     "storage_failed": (503, STORAGE_RETRY_S),
 }
 """Failure code of a job: the status of the request that waited for it, and after how many seconds to try again."""
+_DIED = re.compile(r"rank [0-9]+ died \([^()]*\)")
+_HARMFUL = ("rank_died", "rank_hung")
+"""What a client should not repeat by itself, though another try may work: the request may be what ended the ranks."""
 
 
 class ApiError(Exception):
@@ -57,6 +65,8 @@ class ApiError(Exception):
         param: the field at fault, where one is known.
         retry_after_s: whole seconds after which the same request may work; None where it will not by itself.
         headers: further ones.
+
+    Clients that repeat requests by themselves are told not to where it would not help, or would repeat the damage.
     """
 
     def __init__(
@@ -85,9 +95,11 @@ class ApiError(Exception):
         """The answer; clients that retry by themselves are told whether they should."""
         headers = dict(self.headers)
         if self.retry_after_s is not None:
-            headers["retry-after"] = str(self.retry_after_s)
+            headers["retry-after"] = str(min(self.retry_after_s, LONGEST_RETRY_S))
         elif self.status >= 500 or self.status == 409:
             headers["x-should-retry"] = "false"  # the official client would repeat what fails again
+        if self.code in _HARMFUL:
+            headers["x-should-retry"] = "false"
         return JSONResponse(self.body(), self.status, headers)
 
 
@@ -101,6 +113,12 @@ def of_failure(failure: Failure) -> ApiError:
     """What to answer to the request whose job failed so."""
     status, retry_after_s = _OF_RANKS.get(failure.code, (500, None))
     return ApiError(status, failure.message, code=failure.code, param=failure.param, retry_after_s=retry_after_s)
+
+
+def how_it_died(message: str) -> str | None:
+    """How a rank ended, out of the engine's words; without the last line that it printed, which may name files here."""
+    found = _DIED.match(message)
+    return found[0] if found else None
 
 
 def invalid(param: str | None, message: str, *, code: str = "invalid_value") -> ApiError:
@@ -204,4 +222,7 @@ async def _left(request: Request, error: Exception) -> JSONResponse:
 
 async def _defect(request: Request, error: Exception) -> JSONResponse:
     message = f"a defect of the server: {type(error).__name__}. Its log has the traceback; please report it."
-    return ApiError(500, message, code="internal_error", headers={"connection": "close"}).response()
+    headers = {"connection": "close"}
+    if name := request.scope.get("state", {}).get("request_id"):
+        headers["x-request-id"] = name  # this answer passes by what gives others theirs
+    return ApiError(500, message, code="internal_error", headers=headers).response()

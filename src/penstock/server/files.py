@@ -20,6 +20,7 @@ from obstore.exceptions import BaseError
 from obstore.store import LocalStore, MemoryStore, ObjectStore, S3Store
 
 from penstock.errors import ConfigError, PenstockError
+from penstock.server.threads import DATABASE, FILES
 
 _SUFFIXES = {
     "image/png": ".png",
@@ -64,14 +65,22 @@ class Files:
             uploads that a dead server left unfinished are removed by a lifecycle rule of the bucket.
         begin: is told each name before the file is written (`Store.begin_file`), so that a file which no job came to
             have can be found; blocks, and runs in a thread.
+        abandon: is told the name of a file that was begun and may not be whole (`Store.abandon_file`).
 
     Raises:
         ConfigError: for a URL that cannot be used.
     """
 
-    def __init__(self, url: str, *, begin: Callable[[str], None] | None = None) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        begin: Callable[[str], None] | None = None,
+        abandon: Callable[[str], None] = lambda name: None,
+    ) -> None:
         self._url = url
         self._begin = begin
+        self._abandon = abandon
         self._store, self._folder = _opened(url)
         self._takes_attributes = self._folder is None
 
@@ -115,7 +124,8 @@ class Files:
         """
         name = secrets.token_hex(16) + _SUFFIXES.get(media_type, ".bin")
         if self._begin is not None:
-            await asyncio.to_thread(self._begin, name)
+            await DATABASE.run(self._begin, name)
+        is_whole = False
         try:
             await obstore.put_async(
                 self._store,
@@ -125,8 +135,12 @@ class Files:
                 chunk_size=_PART_BYTES,
                 max_concurrency=_NUM_PARTS,
             )
+            is_whole = True
         except _FAILURES as error:
             raise self._failure(error) from error
+        finally:
+            if not is_whole:
+                self._abandon(name)
         return name
 
     async def get(
@@ -188,7 +202,7 @@ class Files:
         """
         if self._folder is None:
             return 0
-        return await asyncio.to_thread(_remove_leftovers, self._folder)
+        return await FILES.run(_remove_leftovers, self._folder)
 
     async def _chunks(self, name: str, first: int, last: int) -> AsyncIterator[bytes]:
         for start in range(first, last, _CHUNK_BYTES):

@@ -61,7 +61,7 @@ class Job:
         started_at: when a rank began; None before.
         completed_at: when it ended, well or not; None before.
         expires_at: when file and record are removed; None before it ends.
-        error_code: of a failure: `wire.Failure.code`, or server_restarted, storage_failed.
+        error_code: of a failure: `wire.Failure.code`, or server_restarted, server_died, storage_failed.
         error_message: for the user.
         files: what was made.
         timings: the fields of `wire.Timings`, once it ended.

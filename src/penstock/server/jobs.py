@@ -14,18 +14,19 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import structlog
-from anyio import to_thread
 
+from penstock.errors import EngineError, PenstockError
 from penstock.request import GenerationRequest, OutputKind
 from penstock.server.endings import FIELDS, WORDS, ending, fail_lost
-from penstock.server.expiry import sweep
-from penstock.server.failures import ApiError, of_failure, stopping
+from penstock.server.failures import STOPPING_RETRY_S, ApiError, of_failure, stopping
 from penstock.server.files import Files
 from penstock.server.job import UNFINISHED, Job
 from penstock.server.keeping import Keeping
 from penstock.server.runs import Run
 from penstock.server.settings import ServeConfig
 from penstock.server.store import Store, StoreError
+from penstock.server.threads import DATABASE, FILES, WAITING
+from penstock.server.upkeep import Upkeep
 from penstock.wire import Began, Ended, Failure, Made, Order, Step
 
 if TYPE_CHECKING:
@@ -37,7 +38,6 @@ T = TypeVar("T")
 CHECK_S = 30.0
 DELETE_S = 60.0
 NOTE_S = 1.0  # between two notes of a job's progress in the store
-SWEEP_S = 30.0
 STOP_S = 3.0  # for ranks to reach their next step, before they are ended
 
 
@@ -53,7 +53,9 @@ class Jobs:
         server: name of this server in the records.
 
     Attributes:
+        server: likewise.
         is_stopping: no new work is taken.
+        problem: why this server cannot go on; None where it can.
     """
 
     def __init__(
@@ -69,22 +71,19 @@ class Jobs:
         self._settings = settings
         self._engine = engine
         self._store = store
-        self._files = files
-        self._keeping = Keeping(files, metrics)
+        self._keeping = Keeping(files, store, metrics)
+        self._upkeep = Upkeep(settings, engine=engine, store=store, files=files, fail=self._fail)
         self._metrics = metrics
-        self._server = server
+        self.server = server
         self._log = structlog.get_logger()
         self._runs: dict[str, Run] = {}
         self._unrecorded: dict[str, Job] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._num_stages = 1
         self._stopping: asyncio.Task[None] | None = None
+        self._refusal: str | None = None
         self.is_stopping = False
-
-    @property
-    def server(self) -> str:
-        """Name of this server in the records."""
-        return self._server
+        self.problem: PenstockError | None = None
 
     @property
     def num_unfinished(self) -> int:
@@ -92,16 +91,21 @@ class Jobs:
         return len(self._runs)
 
     async def start(self) -> None:
-        """Fail what this server was at when it last ended, and begin to remove what expires.
+        """Fail what this server was at when it last ended, and what dead ones were at; begin the upkeep.
 
         Raises:
             ConfigError: where another server of this name is running.
             StoreError: where the database fails.
         """
-        lost = await to_thread.run_sync(fail_lost, self._store, self._settings)
+        try:
+            lost = await DATABASE.run(fail_lost, self._store, self._settings)
+            await self._upkeep.fail_dead()
+        except PenstockError as error:
+            self.problem = error
+            raise
         if lost:
             self._log.warning("jobs of the former server have failed", num_jobs=lost)
-        self._spawn(self._sweep_for_ever())
+        self._spawn(self._upkeep.run(self._record_again))
 
     def check_open(self) -> None:
         """Refuse new work where the server is about to leave.
@@ -111,6 +115,20 @@ class Jobs:
         """
         if self.is_stopping:
             raise stopping()
+        if self._refusal is not None:
+            raise ApiError(503, self._refusal, code="not_ready", retry_after_s=STOPPING_RETRY_S)
+
+    async def _fail(self, problem: PenstockError) -> None:
+        """Take no more work; where the engine is what failed, end its jobs with that reason."""
+        if self.is_stopping or self._refusal is not None:
+            return
+        self._log.error("the server cannot go on", error=str(problem))
+        self._refusal = "the server cannot go on, and ends. Ask again once it was started anew; its log says why."
+        if isinstance(problem, EngineError):
+            await self._await_ends()  # the engine's last words may be on their way
+            for run in list(self._runs.values()):
+                self._give_up(run, Failure(code="rank_died", message="no ranks run any more. Ask again later."))
+        self.problem = problem
 
     async def check(self, request: GenerationRequest) -> None:
         """Ask the pipeline whether it takes a request, before it is accepted.
@@ -152,7 +170,7 @@ class Jobs:
         self._runs[job.id] = run
         self._metrics.running.set(len(self._runs))
         try:
-            await to_thread.run_sync(self._store.create, job)
+            await DATABASE.run(self._store.create, job)
         except StoreError:
             self.cancel(run, "deleted")
             self._follow(run, is_recorded=False)
@@ -179,7 +197,7 @@ class Jobs:
         if job_id in self._runs:
             job = self._runs[job_id].job
         else:
-            job = self._unrecorded.get(job_id) or await to_thread.run_sync(self._store.get, job_id, owner)
+            job = self._unrecorded.get(job_id) or await DATABASE.run(self._store.get, job_id, owner)
         if job is None or job.owner != owner or (kind is not None and job.kind != kind):
             message = f"there is no {kind or 'job'} {job_id[:80]!r}: it never was, has expired, or was deleted."
             raise ApiError(404, message, code="not_found", param="id")
@@ -194,7 +212,7 @@ class Jobs:
             UnknownJobError: for an `after` that is not among them.
             StoreError: where the database fails.
         """
-        jobs, has_more = await to_thread.run_sync(
+        jobs, has_more = await DATABASE.run(
             lambda: self._store.list(owner, kind, limit, after, "asc" if order == "asc" else "desc")
         )
         return [self._now(job) for job in jobs], has_more
@@ -218,6 +236,7 @@ class Jobs:
 
         Raises:
             ApiError: 409 for an unfinished job of another server; 503 where the ranks do not let go in time.
+            StorageError: where a file cannot be removed; the record stays, so that it can be tried again.
             StoreError: where the database fails.
         """
         run = self._runs.get(job.id)
@@ -232,8 +251,8 @@ class Jobs:
         elif job.id not in self._unrecorded and job.status in UNFINISHED:
             message = f"{job.id} is made by another server ({job.server}), which alone can cancel it. Ask that one."
             raise ApiError(409, message, code="other_server")
-        await self._keeping.discard(job.files)
-        await to_thread.run_sync(self._store.delete, job.id)
+        await self._keeping.remove(job.files)
+        await DATABASE.run(self._store.delete, job.id)
         self._unrecorded.pop(job.id, None)
 
     async def stop(self) -> None:
@@ -244,21 +263,22 @@ class Jobs:
         await asyncio.shield(self._stopping)
 
     async def _stop(self) -> None:
-        runs = list(self._runs.values())
-        for run in runs:
+        for run in self._runs.values():
             self.cancel(run, "server_stopped")
-        if runs:
-            await asyncio.wait([asyncio.create_task(run.is_over.wait()) for run in runs], timeout=STOP_S)
-        await to_thread.run_sync(self._engine.close)  # its last words end the runs that are left
-        waits = [asyncio.create_task(run.is_over.wait()) for run in self._runs.values()]
-        if waits:
-            await asyncio.wait(waits, timeout=STOP_S)
+        await self._await_ends()
+        await WAITING.run(self._engine.close)  # its last words end the runs that are left
+        await self._await_ends()
         for run in list(self._runs.values()):
             self._give_up(run, Failure(code="server_stopped", message=WORDS["server_stopped"]))
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._record_again()
+
+    async def _await_ends(self) -> None:
+        waits = [asyncio.create_task(run.is_over.wait()) for run in self._runs.values()]
+        if waits:
+            await asyncio.wait(waits, timeout=STOP_S)
 
     # ---- a run, from its first event to its last
 
@@ -287,6 +307,11 @@ class Jobs:
         run.job = replace(run.job, **ending(run, failure, Ended(id=run.job.id), self._settings.ttl_s))
         self._unrecorded[run.job.id] = run.job
         self._leave(run)
+        self._spawn(self._clear(run))
+
+    async def _clear(self, run: Run) -> None:
+        """Remove a run's folder, with what nobody has kept."""
+        await FILES.run(lambda: shutil.rmtree(run.order.folder, ignore_errors=True))
 
     async def _hear(self, run: Run, is_recorded: bool) -> None:
         noted_s = 0.0
@@ -312,7 +337,7 @@ class Jobs:
 
     async def _note(self, job_id: str, changes: dict[str, Any]) -> None:
         try:
-            await to_thread.run_sync(lambda: self._store.update(job_id, **changes))
+            await DATABASE.run(lambda: self._store.update(job_id, **changes))
         except StoreError as error:  # the end of the job is recorded again and again; this is not
             self._log.warning("progress could not be recorded", job=job_id, error=str(error))
 
@@ -338,19 +363,22 @@ class Jobs:
         if is_recorded:
             await self._record(run.job)
         self._tell_log(run, ended)
-        await to_thread.run_sync(lambda: shutil.rmtree(run.order.folder, ignore_errors=True))
+        await self._clear(run)
         self._leave(run)
 
     async def _record(self, job: Job) -> None:
         """Write how a job ended; where the database fails, again later: until then this server knows it by heart."""
         values = {name: getattr(job, name) for name in FIELDS}
         try:
-            await to_thread.run_sync(lambda: self._store.update(job.id, **values))
+            recorded = await DATABASE.run(lambda: self._store.update(job.id, **values))
+            found = recorded or await DATABASE.run(self._store.get, job.id)
         except StoreError as error:
             self._log.error("the end of a job could not be recorded yet", job=job.id, error=str(error))
             self._unrecorded[job.id] = job
-        else:
-            self._unrecorded.pop(job.id, None)
+            return
+        self._unrecorded.pop(job.id, None)
+        if found is None or found.files != job.files:  # it was ended or deleted elsewhere, and has no use for them
+            await self._keeping.discard(job.files)
 
     async def _record_again(self) -> None:
         for job in list(self._unrecorded.values()):
@@ -364,26 +392,8 @@ class Jobs:
 
     def _tell_log(self, run: Run, ended: Ended) -> None:
         job = run.job
-        if job.status == "completed":
-            self._metrics.jobs.labels(job.kind, "completed").inc()
-            self._metrics.observe(ended.timings)
-        elif job.error_code in ("cancelled", "server_stopped"):
-            self._metrics.jobs.labels(job.kind, "cancelled").inc()
-            self._metrics.cancels.labels(run.cancel_reason or "engine").inc()
-        else:
-            self._metrics.jobs.labels(job.kind, "failed").inc()
-            self._metrics.failures.labels(job.error_code).inc()
+        self._metrics.count(job, ended.timings, run.cancel_reason)
         facts = {"size": job.size, "seed": job.seed, "num_images": run.order.request.num_images, **run.client}
-        error = {"code": job.error_code, "error": job.error_message} if job.error_code else {}
+        said = ended.failure.message if ended.failure is not None else job.error_message
+        error = {"code": job.error_code, "error": said} if job.error_code else {}
         self._log.info("job", job=job.id, kind=job.kind, status=job.status, **facts, **error, **job.timings)
-
-    async def _sweep_for_ever(self) -> None:
-        while True:
-            try:
-                await self._record_again()
-                swept = await sweep(self._store, self._files, int(time.time()), self._settings.storage_bytes)
-                for failure in swept.failures:
-                    self._log.error("what has expired could not be removed yet", error=failure)
-            except StoreError as error:
-                self._log.error("what has expired could not be removed yet", error=str(error))
-            await asyncio.sleep(SWEEP_S)

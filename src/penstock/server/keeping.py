@@ -10,14 +10,15 @@ import time
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import structlog
-from anyio import to_thread
 
 from penstock.server.files import Files, StorageError
 from penstock.server.job import JobFile
 from penstock.server.runs import Run
+from penstock.server.store import StoreError
+from penstock.server.threads import CODING, DATABASE
 from penstock.wire import MadeFile
 
 if TYPE_CHECKING:
@@ -27,16 +28,28 @@ _FACTS = ("width", "height", "num_frames", "frame_rate", "sampling_rate_hz")
 _SMALL = "image/webp"
 
 
+class Begun(Protocol):
+    """What is asked of the store; see `Store`."""
+
+    def abandon_file(self, name: str) -> None:
+        """Say that a begun file will come to no job."""
+
+    def forget_files(self, names: Iterable[str]) -> None:
+        """Say that begun files are no more."""
+
+
 class Keeping:
     """Keeps results, and lets them go.
 
     Args:
         files: the storage.
+        begun: knows of the files that no job has.
         metrics: measure it.
     """
 
-    def __init__(self, files: Files, metrics: Metrics) -> None:
+    def __init__(self, files: Files, begun: Begun, metrics: Metrics) -> None:
         self._files = files
+        self._begun = begun
         self._metrics = metrics
 
     async def keep(self, run: Run, made: MadeFile) -> None:
@@ -48,7 +61,7 @@ class Keeping:
         """
         begun_s = time.monotonic()
         if run.wants_contents:
-            run.contents[made.item] = await to_thread.run_sync(_base64, made.path)
+            run.contents[made.item] = await CODING.run(_base64, made.path)
         facts = {name: getattr(made, name) for name in _FACTS if getattr(made, name) is not None}
         places = [("result", made.path, made.media_type), ("thumbnail", made.thumbnail, _SMALL)]
         for role, path, media_type in [*places, ("spritesheet", made.spritesheet, _SMALL)]:
@@ -61,12 +74,26 @@ class Keeping:
         self._metrics.keep_s.observe(time.monotonic() - begun_s)
         run.tell({"type": "kept", "item": made.item})
 
+    async def remove(self, files: Iterable[JobFile]) -> None:
+        """Remove files.
+
+        Raises:
+            StorageError: where one cannot be removed; those before it are gone.
+            StoreError: where the database fails.
+        """
+        names = [file.name for file in files]
+        for name in names:
+            await self._files.delete(name)
+        if names:
+            await DATABASE.run(self._begun.forget_files, names)
+
     async def discard(self, files: Iterable[JobFile]) -> None:
-        """Remove files; those that stay belong to no job, and are removed by a later sweep."""
+        """Remove files that no job has; what cannot be removed now, a later sweep removes."""
         for file in files:
             try:
-                await self._files.delete(file.name)
-            except StorageError as error:
+                await self.remove([file])
+            except (StorageError, StoreError) as error:
+                self._begun.abandon_file(file.name)
                 structlog.get_logger().error("a file could not be removed yet", file=file.name, error=str(error))
 
 

@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
+from penstock.server.job import Job
 from penstock.wire import Timings
 
 if TYPE_CHECKING:
@@ -27,6 +28,10 @@ _PARTS = {
     "decode": "Seconds of decoding latents.",
     "save": "Seconds of writing files on a rank.",
     "total": "Seconds from submission to the last file.",
+}
+_MEMORY = {
+    "device": "Bytes that a rank has on its device: weights and, on a GPU, all else.",
+    "host": "Bytes of host memory that the process of a rank holds.",
 }
 
 
@@ -63,6 +68,18 @@ class Metrics:
         self.running = Gauge("penstock_jobs_unfinished", "Jobs that wait or run.", registry=self.registry)
         self.registry.register(_OfEngine(engine))
 
+    def count(self, job: Job, timings: Timings, cancel_reason: str) -> None:
+        """Enter how a job ended."""
+        if job.status == "completed":
+            self.jobs.labels(job.kind, "completed").inc()
+            self.observe(timings)
+        elif job.error_code in ("cancelled", "server_stopped"):
+            self.jobs.labels(job.kind, "cancelled").inc()
+            self.cancels.labels(cancel_reason or "engine").inc()
+        else:
+            self.jobs.labels(job.kind, "failed").inc()
+            self.failures.labels(job.error_code).inc()
+
     def observe(self, timings: Timings) -> None:
         """Enter where the seconds of a job went."""
         for part, histogram in self._parts.items():
@@ -96,17 +113,14 @@ class _OfEngine:
         for state in ("starting", "idle", "busy", "restarting", "failed"):
             groups.add_metric([state], sum(group.state == state for group in status.groups))
         yield groups
-        yield _gauge(
-            "penstock_group_restarts", "Restarts of all groups.", sum(group.num_restarts for group in status.groups)
-        )
-        for where in ("device", "host"):
-            weights = GaugeMetricFamily(
-                f"penstock_{where}_weight_bytes", f"Bytes of weights in {where} memory.", labels=["group", "rank"]
-            )
+        restarts = sum(group.num_restarts for group in status.groups)
+        yield CounterMetricFamily("penstock_group_restarts", "Restarts of all groups.", value=restarts)
+        for where, text in _MEMORY.items():
+            memory = GaugeMetricFamily(f"penstock_{where}_memory_bytes", text, labels=["group", "rank"])
             for group in status.groups:
                 for rank in group.ranks:
-                    weights.add_metric([str(group.number), str(rank.rank)], getattr(rank, f"{where}_bytes"))
-            yield weights
+                    memory.add_metric([str(group.number), str(rank.rank)], getattr(rank, f"{where}_bytes"))
+            yield memory
 
 
 def _gauge(name: str, text: str, value: float) -> GaugeMetricFamily:

@@ -12,7 +12,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -65,17 +65,19 @@ def run(
     Raises:
         UsageError: for settings that cannot be honoured, and what the ranks refused.
         ModelError: for a model that cannot be loaded.
-        EngineError: where its ranks cannot be started.
+        EngineError: where its ranks cannot be started, or none run any more.
+        PenstockError: where the server cannot begin, or must not go on under its name.
     """
     with ExitStack() as stack:
         stack.callback(engine.close)
         check_binding(settings.host, bool(settings.api_key), settings.no_auth)
         listener = stack.enter_context(bind(settings.host, settings.port))
         stack.enter_context(logging_to(log_format=settings.log_format))
-        name = server_name(settings)
+        name = server_name(settings, listener.getsockname()[1])
         store = Store(settings.database or f"sqlite:///{data_folder()}/jobs.sqlite", server=name)
         stack.callback(store.close)
-        files = Files(settings.storage or (data_folder() / "files").as_uri(), begin=store.begin_file)
+        place = settings.storage or (data_folder() / "files").as_uri()
+        files = Files(place, begin=store.begin_file, abandon=store.abandon_file)
         spool = Spool(data_folder() / "spool")
         stack.callback(spool.close)
         asyncio.run(files.check())
@@ -103,12 +105,15 @@ class Server(uvicorn.Server):
     """
 
     def __init__(self, app: Any, engine: Engine, address: str, say: Callable[[str], None]) -> None:
+        proxies: list[str] = app.state.settings.trusted_proxy
         super().__init__(
             uvicorn.Config(
                 app,
                 log_config=None,
                 access_log=False,
                 server_header=False,
+                proxy_headers=bool(proxies),
+                forwarded_allow_ips=proxies,
                 timeout_graceful_shutdown=_GRACE_S,
                 timeout_keep_alive=_KEEP_ALIVE_S,
             )
@@ -121,7 +126,12 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Begin to listen while the model is loaded: `/health` tells how far it is."""
-        await super().startup(sockets)
+        with suppress(SystemExit):  # uvicorn's word for a lifespan that failed, which it has logged
+            await super().startup(sockets)
+        if not self.started:
+            self.problem = self._jobs.problem or PenstockError("the server could not begin. Its log says why.")
+            self.should_exit = True
+            return
         self._say(f"listening at {self._address}; the model is being loaded")
         threading.Thread(target=self._await_engine, name="penstock-ready", daemon=True).start()
 
@@ -134,6 +144,12 @@ class Server(uvicorn.Server):
             self.should_exit = True
             return
         self._say(f"ready at {self._address}")
+
+    async def on_tick(self, counter: int) -> bool:
+        """Whether to end: told to, or because the server cannot go on."""
+        if self._jobs.problem is not None and not self.should_exit:
+            self.problem, self.should_exit = self._jobs.problem, True
+        return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """End jobs, then connections, then the rest."""
@@ -182,11 +198,11 @@ def address_of(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def server_name(settings: ServeConfig) -> str:
-    """Its name in the records: the one given, else one that this machine and port have alone."""
+def server_name(settings: ServeConfig, port: int) -> str:
+    """Its name in the records: the one given, else one that this machine and the port it listens on have alone."""
     if settings.server_name != _DEFAULT_NAME:
         return settings.server_name
-    return f"{_DEFAULT_NAME}-{platform.node()}-{settings.port}"
+    return f"{_DEFAULT_NAME}-{platform.node()}-{port}"
 
 
 def data_folder() -> Path:

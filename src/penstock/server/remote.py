@@ -20,6 +20,7 @@ import httpx
 
 from penstock.bytesize import format_bytes
 from penstock.errors import ConfigError, RequestError
+from penstock.server.threads import CODING
 from penstock.server.uploads import TooLargeError
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -111,7 +112,7 @@ class RemoteMedia:
         Cost: holds the bytes in memory; reads no more than `max_bytes` of them.
         """
         if url[:5].lower() == "data:":
-            return await asyncio.to_thread(self._inline, url, param)  # megabytes of text to decode
+            return await CODING.run(self._inline, url, param)  # megabytes of text to decode
         if not self._allowed:
             raise RemoteError(
                 f"{param} is a URL, and this server fetches none. Send the picture itself, or a data: URL, or start "

@@ -5,6 +5,7 @@ Owns names, defaults and help texts. Does not know how any of it is carried out.
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from dataclasses import dataclass, field
 
@@ -67,12 +68,26 @@ class ServeConfig:
             "metavar": "HOST",
         },
     )
+    allow_host: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Name by which this server may be asked without keys, beside its addresses and the machine's name.",
+            "metavar": "HOST",
+        },
+    )
+    trusted_proxy: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Address of a proxy whose X-Forwarded-For and X-Forwarded-Proto are believed; nobody else's are.",
+            "metavar": "ADDRESS",
+        },
+    )
     start_timeout_s: float = option(1800.0, "Seconds until a group of ranks must be ready.", "SECONDS")
     step_timeout_s: float = option(1800.0, "Seconds without a step after which ranks count as hung.", "SECONDS")
     log_format: str = option("text", "text for people, json for machines.", "FORMAT")
 
     def __post_init__(self) -> None:
-        for name in ("api_key", "allow_remote_media"):
+        for name in ("api_key", "allow_remote_media", "allow_host", "trusted_proxy"):
             object.__setattr__(self, name, list(getattr(self, name) or ()))
         if not is_whole(self.port, 0, _MOST_PORT):
             raise ConfigError(f"port={self.port!r} is no port. Give a number from 0 to 65535.")
@@ -93,6 +108,8 @@ class ServeConfig:
         for name in ("host", "server_name"):
             if not getattr(self, name).strip():
                 raise ConfigError(f"{name} is empty. Give one, or leave it out.")
+        for address in self.trusted_proxy:
+            _check_network(address)
         if any(not key.strip() or not (key.isascii() and key.isprintable()) for key in self.api_key):
             raise ConfigError("an API key is empty, or holds what no header can. Give printable ASCII text.")
 
@@ -111,3 +128,12 @@ class ServeConfig:
     def storage_bytes(self) -> int:
         """`max_storage` in bytes."""
         return parse_bytes(self.max_storage, "max_storage")
+
+
+def _check_network(address: str) -> None:
+    try:
+        ipaddress.ip_network(address, strict=False)
+    except ValueError as error:
+        raise ConfigError(
+            f"trusted_proxy={address!r} is no address. Try 127.0.0.1, or a network as 10.0.0.0/8."
+        ) from error

@@ -6,13 +6,15 @@ threads, processes or servers only one ends it. Does not know how a database is 
 
 from __future__ import annotations
 
+import math
 import secrets
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, fields
 from typing import Any, Literal
 
 import sqlalchemy as sa
+import structlog
 
 from penstock.errors import PenstockError
 from penstock.request import OutputKind
@@ -30,6 +32,7 @@ _FIELDS = [item.name for item in fields(Job)]
 _COLUMNS = [JOBS.c[name] for name in _FIELDS]
 _PLACE = (JOBS.c.created_at, JOBS.c.number)
 _IS_UNFINISHED = JOBS.c.status.in_(UNFINISHED)
+_UNREADABLE = (TypeError, ValueError, LookupError, AttributeError)  # what a row raises that we did not write so
 
 
 class UnknownJobError(PenstockError, LookupError):
@@ -52,6 +55,8 @@ class Store:
     def __init__(self, url: str, *, server: str) -> None:
         self._server = server
         self._life = secrets.token_hex(16)
+        self._abandoned: set[str] = set()
+        self._missed_s: dict[str, float] = {}  # servers without a lease, and since when
         self._database = Database(url)
 
     def create(self, job: Job) -> None:
@@ -173,23 +178,58 @@ class Store:
             ConfigError: where a server of this name is running: its jobs are alive.
             StoreError: where the database fails.
         """
-        values = {
-            "status": "failed",
-            "error_code": code,
-            "error_message": message,
-            "completed_at": int(time.time()),
-            "expires_at": expires_at,
-        }
         self._database.lease(self._server)
         with self._database.writing() as connection:
-            mine = JOBS.c.server == self._server
-            return connection.execute(JOBS.update().where(mine, _IS_UNFINISHED).values(values)).rowcount
+            return _fail(connection, self._server, code, message, expires_at)
+
+    def fail_dead(self, code: str, message: str, *, expires_at: int | None = None) -> int:
+        """Fail what other servers were at that are no more, and take over the files that they had begun.
+
+        Dead is whose name nobody holds; in PostgreSQL, where it has been so for a while: a living server that lost its
+        session takes its name again.
+
+        Args:
+            code: why they fail.
+            message: the same for the user.
+            expires_at: when they are removed; None: never.
+
+        Returns:
+            How many jobs failed.
+
+        Raises:
+            StoreError: where the database fails.
+        """
+        jobs = sa.select(JOBS.c.server).where(_IS_UNFINISHED, JOBS.c.server != self._server)
+        files = sa.select(BEGUN.c.server).where(BEGUN.c.server != self._server)
+        with self._database.reading() as connection:
+            names = set(connection.scalars(jobs.union(files)))
+        self._missed_s = {name: since_s for name, since_s in self._missed_s.items() if name in names}
+        count = 0
+        for name in sorted(names):
+            with self._database.holding(name) as is_free:
+                if not self._is_dead(name, is_free):
+                    continue
+                with self._database.writing() as connection:
+                    count += _fail(connection, name, code, message, expires_at)
+                    connection.execute(BEGUN.update().where(BEGUN.c.server == name).values(server=self._server))
+        return count
+
+    def _is_dead(self, name: str, is_free: bool) -> bool:
+        if not is_free:
+            self._missed_s.pop(name, None)
+            return False
+        now_s = time.monotonic()
+        return now_s - self._missed_s.setdefault(name, now_s) >= self._database.grace_s
+
+    def hold_name(self) -> bool:
+        """See `Database.renew`."""
+        return self._database.renew()
 
     def expired(self, now: int) -> _Jobs:
-        """Finished jobs whose time is over."""
+        """Finished jobs whose time is over; a row that cannot be read is told of in the log, and left out."""
         query = sa.select(*_COLUMNS).where(~_IS_UNFINISHED, JOBS.c.expires_at <= now)
         with self._database.reading() as connection:
-            return [_job(row) for row in connection.execute(query.order_by(JOBS.c.number))]
+            return [*_readable(connection, query.order_by(JOBS.c.number))]
 
     def total_bytes(self) -> int:
         """Bytes of the files of all jobs."""
@@ -197,11 +237,11 @@ class Store:
             return int(connection.scalar(sa.select(sa.func.coalesce(sa.func.sum(JOBS.c.num_bytes), 0))) or 0)
 
     def oldest_finished(self, limit: int) -> _Jobs:
-        """Finished jobs that hold bytes, the one that ended first in front."""
+        """Finished jobs that hold bytes, the one that ended first in front; without rows that cannot be read."""
         query = sa.select(*_COLUMNS).where(~_IS_UNFINISHED, JOBS.c.num_bytes > 0)
         with self._database.reading() as connection:
             ordered = query.order_by(JOBS.c.completed_at.asc().nulls_first(), JOBS.c.number).limit(limit)
-            return [_job(row) for row in connection.execute(ordered)]
+            return [*_readable(connection, ordered)]
 
     def begin_file(self, name: str) -> None:
         """Say that a file of this name is about to be written, before it is: killed in between, a server leaves none.
@@ -211,33 +251,81 @@ class Store:
         with self._database.writing() as connection:
             connection.execute(BEGUN.insert().values(name=name, server=self._server, life=self._life))
 
-    def begun_files(self) -> _Names:
-        """Names of files that this server began in a former life, and that no job has; known after `fail_unfinished`.
+    def abandon_file(self, name: str) -> None:
+        """Say that a begun file will come to no job, though it may be there; does not block."""
+        self._abandoned.add(name)
 
-        Those of this life may yet come to a job, however long it takes.
+    def begun_files(self) -> _Names:
+        """Names of files that no job has and none will: of this server's former lives, and those that were abandoned.
+
+        The first are known after `fail_unfinished`. Others of this life may yet come to a job, however long it takes.
         """
+        abandoned = sorted(self._abandoned)
         if not self._database.is_leased:
-            return []
+            return abandoned
         query = sa.select(BEGUN.c.name).where(BEGUN.c.server == self._server, BEGUN.c.life != self._life)
         with self._database.reading() as connection:
-            return [row.name for row in connection.execute(query.order_by(BEGUN.c.name))]
+            former = [row.name for row in connection.execute(query.order_by(BEGUN.c.name))]
+        return [*former, *(name for name in abandoned if name not in former)]
 
     def forget_files(self, names: Iterable[str]) -> None:
         """Say that begun files are no more."""
+        gone = [*names]
         with self._database.writing() as connection:
-            connection.execute(BEGUN.delete().where(BEGUN.c.name.in_([*names])))
+            connection.execute(BEGUN.delete().where(BEGUN.c.name.in_(gone)))
+        self._abandoned.difference_update(gone)
 
     def close(self) -> None:
         """Let go of the database; idempotent."""
         self._database.close()
 
 
+def _fail(connection: sa.Connection, server: str, code: str, message: str, expires_at: int | None) -> int:
+    """Fail the unfinished jobs of a server; how many they were."""
+    values = {
+        "status": "failed",
+        "error_code": code,
+        "error_message": message,
+        "completed_at": int(time.time()),
+        "expires_at": expires_at,
+    }
+    return connection.execute(JOBS.update().where(JOBS.c.server == server, _IS_UNFINISHED).values(values)).rowcount
+
+
 def _stored(values: dict[str, Any]) -> dict[str, Any]:
-    """Fields of a job as columns."""
+    """Fields of a job as columns; JSON has no word for NaN and infinities, and PostgreSQL takes no other."""
+    values = {**values, **{name: _finite(values[name]) for name in ("arguments", "timings") if name in values}}
     if "files" not in values:
         return values
     files: tuple[JobFile, ...] = values["files"]
-    return {**values, "files": [asdict(file) for file in files], "num_bytes": sum(file.num_bytes for file in files)}
+    return {
+        **values,
+        "files": [_finite(asdict(file)) for file in files],
+        "num_bytes": sum(file.num_bytes for file in files),
+    }
+
+
+def _finite(value: Any) -> Any:
+    """The same with numbers that are none as null."""
+    if isinstance(value, dict):
+        return {name: _finite(one) for name, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _readable(connection: sa.Connection, query: sa.Select[Any]) -> Iterator[Job]:
+    """The jobs of a query, without rows that are none: one that something else has spoilt does not hide the others."""
+    try:
+        yield from [_job(row) for row in connection.execute(query)]
+        return
+    except _UNREADABLE:
+        ids = [*connection.scalars(query.with_only_columns(JOBS.c.id))]
+    for id in ids:
+        try:
+            yield _job(connection.execute(sa.select(*_COLUMNS).where(JOBS.c.id == id)).one())
+        except _UNREADABLE as error:
+            structlog.get_logger().error("the record of a job cannot be read", job=id, error=repr(error))
 
 
 def _job(row: sa.Row[Any]) -> Job:
