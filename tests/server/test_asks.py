@@ -85,6 +85,44 @@ def test_refusals(fields: dict[str, Any], status: int, param: str) -> None:
     assert (error.status, error.param) == (status, param)
 
 
+STEPPED = described()
+for name in ("sigmas", "timesteps", "prior_num_inference_steps", "decode_timestep"):
+    STEPPED["parameters"][name] = {"type": {}, "default": None, "is_picture": False, "is_required": False}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("sigmas", [1.0, 0.5, 0.1]),
+        ("timesteps", [9, 5, 1]),
+        ("timesteps", "[9, 5, 1]"),
+        ("prior_num_inference_steps", 3),
+        ("prior_num_inference_steps", "3"),
+    ],
+)
+def test_no_way_leads_around_the_most_steps(name: str, value: Any) -> None:
+    few = {"num_inference_steps": 2} if name.startswith("prior") else {}
+    error = refused(image, Pipeline(STEPPED), ServeConfig(max_steps=2), **few, **{name: value})
+    assert (error.status, error.param) == (400, name) and "The most is 2" in error.message
+    assert image(Pipeline(STEPPED), ServeConfig(max_steps=3), **few, **{name: value}).request.arguments == {name: value}
+
+
+def test_what_is_no_schedule_is_no_number_of_steps() -> None:
+    settings = ServeConfig(max_steps=4)
+    for value in (900, "900", 0.05, "[", "[" * 100_000):
+        assert image(Pipeline(STEPPED), settings, decode_timestep=value)
+
+
+def test_what_the_pipeline_makes_by_itself_is_limited_as_well() -> None:
+    error = refused(image, settings=ServeConfig(max_steps=3))
+    assert error.param == "num_inference_steps" and "DoublePipeline makes 4 steps of its own" in error.message
+    assert image(settings=ServeConfig(max_steps=3), num_inference_steps=3)
+    error = refused(image, settings=ServeConfig(max_pixels="32x32"))
+    assert (error.status, error.param) == (413, "size") and "32x32" in error.message
+    assert refused(video, ServeConfig(max_frames=4)).param == "num_frames"
+    assert video(ServeConfig(max_frames=4), num_frames=1)
+
+
 def test_a_variation_needs_no_prompt() -> None:
     assert wanted(VariationAsk(), IMAGE, ServeConfig(), {}).request.prompt is None
 
@@ -145,6 +183,20 @@ def test_adapters_by_name_only(tmp_path: Path) -> None:
     plain = described()
     plain["takes_lora"] = False
     assert refused(image, Pipeline(plain), settings, lora=[{"name": "crayon"}]).param == "lora"
+
+
+def test_adapters_of_a_home_folder_and_of_names_with_full_stops(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "loras").mkdir()
+    for name in ("v1.5", "v1_5"):
+        (tmp_path / "loras" / f"{name}.safetensors").touch()
+    settings = ServeConfig(lora_dir="~/loras")
+    assert adapters(settings) == ["v1.5", "v1_5"]
+    one, other = image(settings=settings, lora=[{"name": "v1.5"}, {"name": "v1_5"}]).loras
+    assert one.path == str(tmp_path / "loras" / "v1.5.safetensors")
+    assert "." not in one.name and one.name != other.name == "v1_5"  # peft makes modules of them
 
 
 def test_fields_that_are_large_together() -> None:

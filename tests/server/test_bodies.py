@@ -53,6 +53,14 @@ def field(name: str, value: bytes, filename: str | None = None) -> bytes:
     return f'Content-Disposition: form-data; name="{name}"{more}\r\n\r\n'.encode() + value
 
 
+def test_what_lies_too_deep_is_refused(http: TestClient) -> None:
+    for depth, status in ((20, 200), (40, 400), (900, 400), (100_000, 400)):
+        data = b'{"attention_kwargs": ' + b"[" * depth + b"]" * depth + b"}"
+        answer = http.post("/fields", content=data, headers={"content-type": "application/json"})
+        assert answer.status_code == status, depth
+        assert status == 200 or answer.json()["error"]["code"] == "malformed_body"
+
+
 @pytest.mark.parametrize(
     "data",
     [

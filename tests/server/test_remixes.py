@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -40,8 +41,8 @@ def test_a_remix_has_the_settings_and_the_first_frame(
     sizes = []
     real = remixes.write_first_frame
 
-    def seen(video: Any, picture: Any) -> None:
-        real(video, picture)
+    def seen(video: Any, picture: Any, most_pixels: int) -> None:
+        real(video, picture, most_pixels)
         with Image.open(picture) as image:
             sizes.append(image.size)
 
@@ -52,6 +53,31 @@ def test_a_remix_has_the_settings_and_the_first_frame(
     request = live.engine.orders[-1].request
     assert (request.width, request.num_frames, request.seed, request.prompt) == (128, 9, 5, "y")
     assert request.arguments == {"guidance_scale": 2.0} and sizes == [(128, 64)]
+
+
+def test_new_settings_take_the_place_of_those_that_say_the_same(live: Live, http: httpx2.Client) -> None:
+    source = made(http, size="128x64", seconds="1", seed=5)
+    for fields, expected in (
+        ({"width": 64}, (64, 64, 9)),
+        ({"size": "64x64", "num_frames": 5}, (64, 64, 5)),
+        ({}, (128, 64, 9)),
+    ):
+        answer = http.post("/v1/videos/edits", json={"prompt": "y", "video": {"id": source}, **fields})
+        assert answer.status_code == 200, answer.text
+        request = live.engine.orders[-1].request
+        assert (request.width, request.height, request.num_frames) == expected
+    source = made(http, width=128, height=64, num_frames=5)
+    body = {"prompt": "y", "video": {"id": source}, "size": "64x64", "seconds": "1"}
+    assert http.post("/v1/videos/edits", json=body).status_code == 200
+    assert live.engine.orders[-1].request.num_frames == 9
+
+
+def test_a_frame_of_too_many_pixels_is_not_decoded(tmp_path: Path, http: httpx2.Client) -> None:
+    content = http.get(f"/v1/videos/{made(http, size='128x128')}/content").content
+    engine = EngineDouble("video", accepts_image=True)
+    with serving(tmp_path, engine, max_pixels="64x64") as live, live.client() as small:
+        answer = small.post("/v1/videos/edits", data={"prompt": "y"}, files={"video": ("a.mp4", content)})
+    assert answer.status_code == 400 and "128x128 is more than 4096 pixels" in answer.json()["error"]["message"]
 
 
 def test_an_edit_of_a_video_here(http: httpx2.Client) -> None:

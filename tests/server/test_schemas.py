@@ -35,6 +35,8 @@ from penstock.server.schemas import ADVICE, Ask, EditAsk, ImageAsk, ImagesAnswer
         (VideoAsk, {"seconds": "1e3"}),
         (VideoAsk, {"seconds": True}),
         (VideoAsk, {"fps": 0}),
+        (VideoAsk, {"fps": 0.0001}),
+        (ImageAsk, {"lora": "[" * 100_000}),
         (VideoAsk, {"fps": float("inf")}),
         (VideoAsk, {"n": 2}),
         (RemixAsk, {}),

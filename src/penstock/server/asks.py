@@ -6,6 +6,9 @@ by the pipeline (`Engine.check`). Does not know bodies, files or jobs.
 
 from __future__ import annotations
 
+import hashlib
+import json
+import math
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,6 +27,8 @@ from penstock.server.settings import ServeConfig
 from penstock.wire import FileFormat, Lora
 
 _SEEDS = 2**32
+_STEPS = "num_inference_steps"  # those of a prior or a decoder begin with its name
+_SCHEDULES = ("sigmas", "timesteps")  # one step for each entry
 _MOST_ARGUMENTS = 2**20  # bytes of all fields: they travel to ranks and into the record
 _MOST_TEXT = 100_000  # characters of one argument of a pipeline
 _UNRECORDED = {"model", "user", "safety_identifier", "stream", "response_format"}
@@ -79,9 +84,7 @@ def wanted(ask: Ask, pipeline: Pipeline, settings: ServeConfig, pictures: Mappin
     width, height = _size(ask, pipeline, settings)
     frames, rate = _frames(ask, pipeline, settings)
     _check_names(ask, pipeline)
-    if ask.num_inference_steps is not None and ask.num_inference_steps > settings.max_steps:
-        message = f"num_inference_steps={ask.num_inference_steps} is more than this server does. The most is"
-        raise invalid("num_inference_steps", f"{message} {settings.max_steps}.")
+    _check_steps(ask, pipeline, settings)
     try:
         request = GenerationRequest(
             prompt=ask.prompt if ask.prompt or pipeline.takes("prompt") else None,
@@ -134,7 +137,7 @@ def _size(ask: Ask, pipeline: Pipeline, settings: ServeConfig) -> tuple[int | No
             field = "size" if ask.width is None and ask.height is None else name
             raise invalid(field, f"{pipeline.name} takes no {name}: it makes one size. Leave {field} out.")
     full = pipeline.size(width, height)
-    if (width or height) and full[0] and full[1] and full[0] * full[1] > settings.most_pixels:
+    if full[0] and full[1] and full[0] * full[1] > settings.most_pixels:
         best = pipeline.largest_size(full[0], full[1], settings.most_pixels)
         raise ApiError(
             413,
@@ -154,16 +157,44 @@ def _frames(ask: Ask, pipeline: Pipeline, settings: ServeConfig) -> tuple[int | 
         if frames is not None:
             raise invalid("seconds", f"seconds={ask.seconds} and num_frames={frames} are both given. Keep one of them.")
         frames = pipeline.num_frames(float(ask.seconds), rate or pipeline.frame_rate or 1.0)
-    if frames is not None and frames > settings.max_frames:
-        field = "seconds" if ask.num_frames is None else "num_frames"
+    made = frames or pipeline.default_num_frames or 0
+    if made > settings.max_frames:
+        field = "num_frames" if ask.seconds is None else "seconds"
         best = settings.max_frames / (rate or pipeline.frame_rate or 1.0)
         raise ApiError(
             413,
-            f"{frames} frames are more than this server makes. The most is {settings.max_frames}, or {best:.1f} s.",
+            f"{made} frames are more than this server makes. The most is {settings.max_frames}, or {best:.1f} s.",
             code="too_large",
             param=field,
         )
     return frames, rate
+
+
+def _check_steps(ask: Ask, pipeline: Pipeline, settings: ServeConfig) -> None:
+    """Refuse more denoising steps than the server does, however they are asked for, or left to the pipeline."""
+    given = {"num_inference_steps": ask.num_inference_steps, **(ask.model_extra or {})}
+    has_schedule = any(name.endswith(_SCHEDULES) and value for name, value in given.items())
+    for name, facts in pipeline.parameters.items():
+        is_own = given.get(name) is None
+        if is_own and has_schedule:
+            continue  # which says how many steps there are
+        count = _num_steps(name, facts.get("default") if is_own else given[name])
+        if count > settings.max_steps:
+            whose = f"{pipeline.name} makes {count} steps of its own" if is_own else f"{name} means {count} steps"
+            message = f"{whose}, more than this server does. The most is {settings.max_steps}: give {name} accordingly."
+            raise invalid(name, message)
+
+
+def _num_steps(name: str, value: Any) -> int:
+    """How many steps an argument of a pipeline asks for; 0 where it is about something else."""
+    if isinstance(value, str):  # of a form: the pipeline reads it as JSON
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return 0
+    if name.endswith(_STEPS) and isinstance(value, (int, float)) and math.isfinite(value):
+        return int(value)
+    return len(value) if name.endswith(_SCHEDULES) and isinstance(value, list) else 0
 
 
 def _check_names(ask: Ask, pipeline: Pipeline) -> None:
@@ -214,18 +245,28 @@ def _loras(ask: Ask, pipeline: Pipeline, settings: ServeConfig) -> tuple[Lora, .
         raise invalid("lora", f"{pipeline.name} takes no adapters. Leave lora out.")
     if settings.lora_dir is None:
         raise invalid("lora", "this server was started without --lora-dir, and has no adapters. Leave lora out.")
-    known = adapters(settings)
+    paths = _adapters(settings)
     for one in ask.lora:
-        if one.name not in known:
-            listed = ", ".join(known[:40]) or "none"
-            message = f"there is no adapter {one.name!r}{suggestion(one.name, known)}. There is {listed}."
+        if one.name not in paths:
+            listed = ", ".join([*paths][:40]) or "none"
+            message = f"there is no adapter {one.name!r}{suggestion(one.name, [*paths])}. There is {listed}."
             raise invalid("lora", message)
-    folder = Path(settings.lora_dir)
-    return tuple(Lora(name=one.name, path=str(folder / f"{one.name}.safetensors"), scale=one.scale) for one in ask.lora)
+    return tuple(Lora(name=_plain(one.name), path=str(paths[one.name]), scale=one.scale) for one in ask.lora)
 
 
 def adapters(settings: ServeConfig) -> list[str]:
     """Names of the adapters that requests may use."""
+    return [*_adapters(settings)]
+
+
+def _adapters(settings: ServeConfig) -> dict[str, Path]:
+    """Name of an adapter to its file."""
     if settings.lora_dir is None:
-        return []
-    return sorted(path.stem for path in Path(settings.lora_dir).expanduser().glob("*.safetensors"))
+        return {}
+    files = Path(settings.lora_dir).expanduser().absolute().glob("*.safetensors")
+    return {path.stem: path for path in sorted(files)}
+
+
+def _plain(name: str) -> str:
+    """An adapter's name as peft takes it: without full stops, and no other adapter's."""
+    return name if "." not in name else f"{name.replace('.', '_')}_{hashlib.sha256(name.encode()).hexdigest()[:8]}"

@@ -6,13 +6,12 @@ texts. Does not know which fields there are, or what is in a file.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import msgspec
-from anyio import to_thread
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
 from starlette.datastructures import FormData, Headers, UploadFile
@@ -20,6 +19,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 
 from penstock.server.failures import ApiError, from_validation, invalid
 from penstock.server.schemas import ADVICE
+from penstock.server.threads import CODING
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -27,6 +27,7 @@ FORM = "multipart/form-data"
 JSON = "application/json"
 
 _MOST_FIELDS = 200
+_DEEPEST = 32
 _MOST_FILES = 32
 _MOST_FIELD_BYTES = 2**20
 _LARGE_JSON_BYTES = 2**18  # decoded in a thread from here on
@@ -94,14 +95,30 @@ async def _json(request: Request) -> dict[str, Any]:
     data = await request.body()
     try:
         if len(data) > _LARGE_JSON_BYTES:
-            values = await to_thread.run_sync(msgspec.json.decode, data)
+            values = await CODING.run(msgspec.json.decode, data)
         else:
             values = msgspec.json.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise invalid(None, f"the body is no JSON: {error}. Send an object of fields.", code="malformed_body") from None
+    if _is_deeper(values, _DEEPEST):
+        raise invalid(
+            None, f"the body is JSON within JSON, more than {_DEEPEST} deep. Send less.", code="malformed_body"
+        )
     if not isinstance(values, dict):
         raise invalid(None, "the body is JSON, and no object. Send an object of fields.", code="malformed_body")
     return values
+
+
+def _is_deeper(value: Any, most: int) -> bool:
+    """Whether lists and objects lie within each other more than so deep; what reads them calls itself at each."""
+    level = [value]
+    for _ in range(most):
+        level = [one for item in level for one in _inside(item)]
+    return bool(level)
+
+
+def _inside(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 
 class _Parser(MultiPartParser):

@@ -9,10 +9,8 @@ from pathlib import Path
 
 import av
 
-MOST_PIXELS = 4096 * 4096
 
-
-def write_first_frame(video: Path, picture: Path, most_pixels: int = MOST_PIXELS) -> None:
+def write_first_frame(video: Path, picture: Path, most_pixels: int) -> None:
     """Write the first frame of a video as PNG.
 
     Args:

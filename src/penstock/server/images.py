@@ -11,7 +11,6 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, Literal
 
-from anyio import to_thread
 from fastapi import APIRouter, Request, Response
 
 from penstock.server.answers import format_of, images_answer
@@ -19,12 +18,13 @@ from penstock.server.bodies import FORM, JSON, Body, reading
 from penstock.server.endings import failure_of
 from penstock.server.events import Event, stream, unless_left
 from penstock.server.failures import invalid
-from penstock.server.making import begin, offered
+from penstock.server.making import admit, begin
 from penstock.server.openapi import JOB_ID, STREAM, errors
 from penstock.server.pictures import Taken
 from penstock.server.runs import Run
 from penstock.server.schemas import EditAsk, ImageAsk, ImagesAnswer, Usage, VariationAsk
 from penstock.server.service import Service, service_of
+from penstock.server.threads import CODING
 
 router = APIRouter(prefix="/v1/images", tags=["images"])
 
@@ -40,6 +40,7 @@ _ANSWERS: dict[int | str, Any] = {
 @router.post("/generations", response_model=ImagesAnswer, responses=_ANSWERS)
 async def generate(request: Request) -> Response:
     """Make pictures from a prompt."""
+    admit(request, "image")
     async with reading(request, JSON, FORM) as body:
         run, fields = await _begin(request, ImageAsk, body, Taken())
     return await _answer(request, run, fields, "image_generation")
@@ -48,9 +49,8 @@ async def generate(request: Request) -> Response:
 @router.post("/edits", response_model=ImagesAnswer, responses=_ANSWERS)
 async def edit(request: Request) -> Response:
     """Change pictures by a prompt, within a mask where there is one."""
-    service = service_of(request)
+    pipeline = admit(request, "image")
     async with reading(request, FORM, JSON) as body:
-        pipeline = offered(service, "image")
         taken = Taken(fields={"image": "image", "mask": pipeline.mask}, wants="image")
         run, fields = await _begin(request, EditAsk, body, taken)
     return await _answer(request, run, fields, "image_edit")
@@ -59,15 +59,14 @@ async def edit(request: Request) -> Response:
 @router.post("/variations", response_model=ImagesAnswer, responses=_ANSWERS)
 async def vary(request: Request) -> Response:
     """Make pictures like another, without a prompt, where the pipeline can."""
-    service = service_of(request)
+    pipeline = admit(request, "image")
+    if not pipeline.accepts_image or pipeline.requires("prompt"):
+        wants = "wants a prompt" if pipeline.accepts_image else "takes no input picture"
+        message = (
+            f"{pipeline.name} {wants}, so it cannot make variations. Use /v1/images/edits where it takes pictures."
+        )
+        raise invalid("image", message, code="unsupported_by_model")
     async with reading(request, FORM, JSON) as body:
-        pipeline = offered(service, "image")
-        if not pipeline.accepts_image or pipeline.requires("prompt"):
-            wants = "wants a prompt" if pipeline.accepts_image else "takes no input picture"
-            message = (
-                f"{pipeline.name} {wants}, so it cannot make variations. Use /v1/images/edits where it takes pictures."
-            )
-            raise invalid("image", message, code="unsupported_by_model")
         run, fields = await _begin(request, VariationAsk, body, Taken(fields={"image": "image"}, wants="image"))
     return await _answer(request, run, fields, "image_generation")
 
@@ -94,7 +93,7 @@ async def _answer(request: Request, run: Run, fields: ImageAsk, name: Name) -> R
         error.headers |= headers
         raise error
     answer = images_answer(run, request, as_url=fields.response_format == "url")
-    content = await to_thread.run_sync(lambda: answer.model_dump_json(exclude_none=True))
+    content = await CODING.run(lambda: answer.model_dump_json(exclude_none=True))
     return Response(content, media_type="application/json", headers=headers)
 
 
@@ -109,7 +108,7 @@ async def _events(service: Service, run: Run, name: Name) -> AsyncIterator[Event
     with run.listening() as feed:
         async for news in feed:
             if news["type"] == "partial_image":
-                content = await to_thread.run_sync(_content, news["path"])
+                content = await CODING.run(_content, news["path"])
                 if content is not None:
                     index = {"partial_image_index": news["index"]}
                     yield _event(run, f"{name}.partial_image", {**index, "b64_json": content, "item": news["item"]})

@@ -11,7 +11,6 @@ import time
 from contextlib import AsyncExitStack
 from pathlib import Path
 
-from anyio import to_thread
 from fastapi import Request
 
 from penstock.request import OutputKind
@@ -24,6 +23,7 @@ from penstock.server.pipeline import Pipeline
 from penstock.server.runs import Run
 from penstock.server.schemas import Ask
 from penstock.server.service import Service, owner_of, service_of
+from penstock.server.threads import FILES
 from penstock.wire import Order
 
 _ENDPOINTS: dict[OutputKind, str] = {"image": "/v1/images/generations", "video": "/v1/videos"}
@@ -42,6 +42,20 @@ def offered(service: Service, kind: OutputKind) -> Pipeline:
         raise invalid(
             "model", f"{pipeline.name} makes {pipeline.kind}s, not {kind}s. {there}", code="unsupported_by_model"
         )
+    return pipeline
+
+
+def admit(request: Request, kind: OutputKind) -> Pipeline:
+    """The pipeline, where a request could begin now; asked before its body is read.
+
+    Raises:
+        ApiError: see `offered`.
+        QueueFullError: where too many wait.
+        NotReadyError: where there are no ranks.
+    """
+    service = service_of(request)
+    pipeline = offered(service, kind)
+    service.engine.require_room()
     return pipeline
 
 
@@ -73,13 +87,12 @@ async def begin(
         StoreError: where it cannot be recorded.
     """
     service = service_of(request)
-    pipeline = offered(service, kind)
-    service.engine.require_room()  # before anything is done for a request that is told to come back
+    pipeline = admit(request, kind)  # once more: the body may have taken its time
     job_id = new_id(kind)
     folder = service.spool / job_id
     async with AsyncExitStack() as stack:
-        await to_thread.run_sync(lambda: folder.mkdir(parents=True))
-        stack.push_async_callback(to_thread.run_sync, lambda: shutil.rmtree(folder, ignore_errors=True))
+        await FILES.run(lambda: folder.mkdir(parents=True))
+        stack.push_async_callback(FILES.run, lambda: shutil.rmtree(folder, ignore_errors=True))
         pictures = await pictures_of(body, service, pipeline, folder, taken)
         async with service.gate:
             fields = body.fields(ask)

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from anyio import to_thread
 from starlette.datastructures import UploadFile
 
 from penstock.errors import RequestError
@@ -18,6 +17,7 @@ from penstock.server.bodies import Body
 from penstock.server.failures import ApiError, invalid
 from penstock.server.pipeline import Pipeline
 from penstock.server.service import Service
+from penstock.server.threads import CODING
 from penstock.server.uploads import Limits, TooLargeError, accept
 
 Bring = Callable[[Path], Awaitable[Mapping[str, tuple[str, ...]]]]
@@ -112,7 +112,7 @@ async def _save(source: UploadFile | str, service: Service, folder: Path, name: 
             content: Any = await service.media.fetch(source, name)
         else:
             content = source.file
-        upload = await to_thread.run_sync(accept, content, folder, limits, name)
+        upload = await CODING.run(accept, content, folder, limits, name)
     except TooLargeError as error:
         raise ApiError(413, str(error), code="too_large", param=name) from None
     except RequestError as error:

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from anyio import to_thread
 from fastapi import APIRouter, Request, Response
 from starlette.datastructures import UploadFile
 
@@ -18,17 +17,19 @@ from penstock.server.bodies import FORM, JSON, Body, reading
 from penstock.server.failures import ApiError, invalid
 from penstock.server.files import Files
 from penstock.server.frames import write_first_frame
-from penstock.server.making import begin, offered
+from penstock.server.making import admit, begin
 from penstock.server.openapi import errors
 from penstock.server.pictures import Taken
 from penstock.server.schemas import RemixAsk, VideoAnswer, VideoAsk
 from penstock.server.service import owner_of, service_of
+from penstock.server.threads import CODING, FILES
 from penstock.server.videos import require_completed
 
 router = APIRouter(prefix="/v1/videos", tags=["videos"])
 
 _MADE = errors(400, 404, 409, 413, 415, 429, 501, 503, 507)
 _CHUNK_BYTES = 2**20
+_RIVALS = {"size": ("width", "height"), "seconds": ("num_frames",), "num_frames": ("seconds",)}
 
 
 @router.post("/{video_id}/remix", response_model=VideoAnswer, responses=_MADE)
@@ -42,15 +43,16 @@ async def remix(request: Request, video_id: str) -> VideoAnswer:
 @router.post("/edits", response_model=VideoAnswer, responses=_MADE)
 async def edit(request: Request) -> VideoAnswer:
     """Make a video from the first frame of a video that is sent along, or of one that was made here."""
+    _require_pictures(request, "video")
     async with reading(request, FORM, JSON) as body:
-        _require_pictures(request, "video")
         sent = body.files.pop("video", [])
         video = body.take("video")
         if isinstance(video, Mapping) and isinstance(video.get("id"), str):
             return await _go_on(request, video["id"], body.values, "video")
         if len(sent) != 1:
             raise invalid("video", 'a video is wanted: one file in a form, or {"id": ...} of a video here, in JSON.')
-        taken = Taken(bring=lambda folder: _frame_of_upload(sent[0], folder))
+        most_pixels = service_of(request).settings.most_pixels
+        taken = Taken(bring=lambda folder: _frame_of_upload(sent[0], folder, most_pixels))
         run = await begin(request, VideoAsk, body, taken, kind="video")
     return video_answer(run.job, service_of(request).jobs)
 
@@ -78,7 +80,7 @@ def _unsupported(what: str, instead: str) -> ApiError:
 
 
 def _require_pictures(request: Request, param: str) -> None:
-    pipeline = offered(service_of(request), "video")
+    pipeline = admit(request, "video")
     if not pipeline.accepts_image:
         message = f"{pipeline.name} begins from a prompt alone, so it cannot go on from a video. Make a new one."
         raise invalid(param, message, code="unsupported_by_model")
@@ -90,13 +92,28 @@ async def _go_on(request: Request, video_id: str, values: Mapping[str, Any], par
     _require_pictures(request, param)
     require_completed(source)
     name = source.results()[0].name
-    body = Body(values={**source.arguments, **values})
-    taken = Taken(bring=lambda folder: _frame_of_file(service.files, name, folder))
+    body = Body(values=_merged(source.arguments, values))
+    most_pixels = service.settings.most_pixels
+    taken = Taken(bring=lambda folder: _frame_of_file(service.files, name, folder, most_pixels))
     run = await begin(request, VideoAsk, body, taken, kind="video", remixed_from=source.id)
     return video_answer(run.job, service.jobs)
 
 
-async def _frame_of_file(files: Files, name: str, folder: Path) -> dict[str, tuple[str, ...]]:
+def _merged(former: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a video with new ones in their place: of fields that say the same, only the new one stays."""
+    kept = dict(former)
+    given = {name for name, value in new.items() if value is not None}
+    if given & {"width", "height"}:
+        width, _, height = str(kept.pop("size", "")).partition("x")
+        if height:
+            kept |= {"width": int(width), "height": int(height)}
+    for name in given:
+        for rival in _RIVALS.get(name, ()):
+            kept.pop(rival, None)
+    return {**kept, **new}
+
+
+async def _frame_of_file(files: Files, name: str, folder: Path, most_pixels: int) -> dict[str, tuple[str, ...]]:
     video = folder / "source.mp4"
     try:
         _, chunks = await files.get(name)
@@ -104,22 +121,22 @@ async def _frame_of_file(files: Files, name: str, folder: Path) -> dict[str, tup
         raise ApiError(404, "the video's file has expired. Make it again.", code="not_found") from None
     with video.open("wb") as target:
         async for chunk in chunks:
-            await to_thread.run_sync(target.write, chunk)
-    return await _frame(video)
+            await FILES.run(target.write, chunk)
+    return await _frame(video, most_pixels)
 
 
-async def _frame_of_upload(upload: UploadFile, folder: Path) -> dict[str, tuple[str, ...]]:
+async def _frame_of_upload(upload: UploadFile, folder: Path, most_pixels: int) -> dict[str, tuple[str, ...]]:
     video = folder / "source.mp4"
     with video.open("wb") as target:
         while chunk := await upload.read(_CHUNK_BYTES):
-            await to_thread.run_sync(target.write, chunk)
-    return await _frame(video)
+            await FILES.run(target.write, chunk)
+    return await _frame(video, most_pixels)
 
 
-async def _frame(video: Path) -> dict[str, tuple[str, ...]]:
+async def _frame(video: Path, most_pixels: int) -> dict[str, tuple[str, ...]]:
     picture = video.with_name("source.png")
     try:
-        await to_thread.run_sync(write_first_frame, video, picture)
+        await CODING.run(write_first_frame, video, picture, most_pixels)
     except ValueError as error:
         raise invalid("video", f"the video cannot be read: {error}. Send an MP4 file.") from None
     return {"image": (str(picture),)}

@@ -56,7 +56,7 @@ def _listed(value: Any) -> Any:
     if isinstance(value, str):
         try:
             value = json.loads(value)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError('in a form it is JSON, such as [{"name": "crayon", "scale": 0.8}]') from error
     return [value] if isinstance(value, dict) else value
 
@@ -119,7 +119,7 @@ class VideoAsk(Ask):
         default=None, pattern=r"^[0-9]{1,4}(\.[0-9]{1,3})?$", description="Its duration, as a text."
     )
     num_frames: int | None = Field(default=None, ge=1, lt=10**6, description="In place of seconds.")
-    fps: float | None = Field(default=None, gt=0, le=MAX_FRAME_RATE, description="Frames per second.")
+    fps: float | None = Field(default=None, ge=1, le=MAX_FRAME_RATE, description="Frames per second.")
     n: Literal[1, "1"] | None = Field(default=None, description="One video is made.")
 
     @field_validator("seconds")

@@ -1,4 +1,4 @@
-"""Pictures and clips that clients send become files of ours, once they are known to be harmless.
+"""Pictures that clients send become files of ours, once they are known to be harmless.
 
 Owns what is accepted: the kind by its first bytes, the size in bytes and pixels, whether it is whole. Nothing that a
 client says about a file is believed, and its name is never used. Does not know HTTP or jobs.
@@ -20,20 +20,20 @@ from PIL import Image, ImageFile
 from penstock.bytesize import format_bytes
 from penstock.errors import RequestError
 
-PictureKind = Literal["png", "jpeg", "webp", "gif", "mp4"]
+PictureKind = Literal["png", "jpeg", "webp", "gif"]
 
 MEDIA_TYPES: dict[PictureKind, str] = {
     "png": "image/png",
     "jpeg": "image/jpeg",
     "webp": "image/webp",
     "gif": "image/gif",
-    "mp4": "video/mp4",
 }
-PICTURES: tuple[PictureKind, ...] = ("png", "jpeg", "webp", "gif")
-"""The kinds that are one picture; of a GIF that moves, the first is meant."""
+"""What is taken; of a GIF that moves, the first picture is meant."""
 
 _HEAD_BYTES = 32
 _CHUNK_BYTES = 1024**2
+_PNG_HEAD_BYTES = 8
+_PNG_SUM_BYTES = 4
 
 
 class TooLargeError(RequestError):
@@ -48,15 +48,15 @@ class Upload:
         path: where it is; made up here.
         kind: by its first bytes.
         num_bytes: its size.
-        width: pixels; None for a clip.
+        width: pixels.
         height: likewise.
     """
 
     path: str
     kind: PictureKind
     num_bytes: int
-    width: int | None = None
-    height: int | None = None
+    width: int
+    height: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,12 +66,10 @@ class Limits:
     Attributes:
         num_bytes: at most.
         num_pixels: at most, width by height.
-        kinds: which are taken.
     """
 
     num_bytes: int
     num_pixels: int
-    kinds: tuple[PictureKind, ...] = PICTURES
 
 
 def kind_of(head: bytes) -> PictureKind | None:
@@ -84,8 +82,6 @@ def kind_of(head: bytes) -> PictureKind | None:
         return "webp"
     if head[:6] in (b"GIF87a", b"GIF89a"):
         return "gif"
-    if head[4:8] == b"ftyp":
-        return "mp4"
     return None
 
 
@@ -113,11 +109,7 @@ def accept(source: bytes | BinaryIO, folder: str | Path, limits: Limits, param: 
     with ExitStack() as undo:
         undo.callback(target.unlink, missing_ok=True)
         kind, num_bytes, head = _copy(_chunks(source), target, limits, param)
-        width = height = None
-        if kind == "mp4":
-            _check_clip(target, num_bytes, param)
-        else:
-            width, height = _check_picture(target, kind, head, limits, param)
+        width, height = _check_picture(target, kind, head, limits, param)
         named = target.rename(target.with_suffix(f".{kind}"))
     return Upload(path=str(named), kind=kind, num_bytes=num_bytes, width=width, height=height)
 
@@ -146,9 +138,9 @@ def _copy(chunks: Iterable[bytes], target: Path, limits: Limits, param: str) -> 
                 head = (head + chunk)[:_HEAD_BYTES]
             copy.write(chunk)
     kind = kind_of(head)
-    if kind is None or kind not in limits.kinds:
-        taken = ", ".join(kind.upper() for kind in limits.kinds)
-        is_what = "is empty" if not num_bytes else f"is {kind.upper()}" if kind else "is of no known kind"
+    if kind is None:
+        taken = ", ".join(kind.upper() for kind in MEDIA_TYPES)
+        is_what = "is of no known kind" if num_bytes else "is empty"
         raise RequestError(f"{param} {is_what}. Send one of {taken}.", param)
     return kind, num_bytes, head
 
@@ -162,7 +154,10 @@ def _check_picture(path: Path, kind: PictureKind, head: bytes, limits: Limits, p
             size = picture.size
             _check_pixels(size, limits, param)
             picture.load()
-            return size
+        if kind == "png":
+            with path.open("rb") as file:
+                _require_end(file)
+        return size
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise TooLargeError(
             f"{param} has far more than {limits.num_pixels} pixels, the most that this server takes. "
@@ -204,21 +199,17 @@ def _webp_size(head: bytes) -> tuple[int, int]:
     raise ValueError("no picture")
 
 
-def _check_clip(path: Path, num_bytes: int, param: str) -> None:
-    """Whether the boxes of an MP4 fill it exactly; its pictures are read by who uses them."""
-    names, place = [], 0
-    with path.open("rb") as file:
-        while place < num_bytes:
-            file.seek(place)
-            header = file.read(16)
-            size = int.from_bytes(header[:4], "big")
-            if size == 1:
-                size = int.from_bytes(header[8:16], "big")
-            elif size == 0:
-                size = num_bytes - place
-            names.append(header[4:8])
-            place += size
-            if size < 8 or place > num_bytes:
-                raise RequestError(f"{param} is an MP4 that is cut off or broken: send it anew.", param)
-    if b"moov" not in names or not {b"mdat", b"moof"} & set(names):
-        raise RequestError(f"{param} is an MP4 without a film in it. Send another.", param)
+def _require_end(file: BinaryIO) -> None:
+    """Whether a PNG has its last part: its decoder does not miss that once it has all pixels.
+
+    Raises:
+        ValueError: where it has not.
+    """
+    file.seek(_PNG_HEAD_BYTES)
+    name = b""
+    while name != b"IEND":
+        header = file.read(8)
+        name = header[4:8]
+        file.seek(int.from_bytes(header[:4], "big"), os.SEEK_CUR)
+        if len(header) < 8 or len(file.read(_PNG_SUM_BYTES)) < _PNG_SUM_BYTES:
+            raise ValueError("no end")

@@ -17,7 +17,7 @@ from penstock.server.events import unless_left
 from penstock.server.failures import ApiError
 from penstock.server.images import CLIENT_LEFT
 from penstock.server.job import UNFINISHED, Job
-from penstock.server.making import begin
+from penstock.server.making import admit, begin
 from penstock.server.openapi import JOB_ID, binary, errors
 from penstock.server.pictures import Taken
 from penstock.server.schemas import Deleted, VideoAnswer, VideoAsk, VideoPage
@@ -37,6 +37,7 @@ Variant = Literal["video", "thumbnail", "spritesheet"]
 @router.post("", response_model=VideoAnswer, responses=_MADE)
 async def create(request: Request, response: Response) -> VideoAnswer:
     """Ask for a video; it is made while the client looks at its job from time to time."""
+    admit(request, "video")
     async with reading(request, FORM, JSON) as body:
         run = await begin(request, VideoAsk, body, TAKEN, kind="video")
     jobs = service_of(request).jobs
@@ -57,6 +58,7 @@ async def create(request: Request, response: Response) -> VideoAnswer:
 )
 async def create_and_wait(request: Request) -> Response:
     """Make a video and answer with its bytes; it is cancelled where the client leaves."""
+    admit(request, "video")
     service = service_of(request)
     async with reading(request, FORM, JSON) as body:
         run = await begin(request, VideoAsk, body, TAKEN, kind="video")
