@@ -6,7 +6,10 @@ import io
 import json
 from pathlib import Path
 
+import pytest
+
 from penstock.server.access import route_of
+from penstock.server.jobs import Jobs
 from penstock.server.logs import logging_to
 from penstock.wire import Failure
 from tests.server.engine_double import EngineDouble
@@ -33,6 +36,28 @@ def test_a_request_is_told_of_once_and_without_its_key(tmp_path: Path) -> None:
     assert requests[0]["request"] == wrong.headers["x-request-id"] and requests[0]["owner"] == job["owner"]
     for secret in ("sk-ann", "sk-eve", "sk-query", "a secret prompt"):
         assert secret not in text
+
+
+def test_methods_are_few_words(tmp_path: Path) -> None:
+    with serving(tmp_path) as live, live.client() as http:
+        for method in ("BREW", "X" * 50):
+            assert http.request(method, "/health").status_code == 405
+        text = http.get("/metrics").text
+    assert 'method="other",route="/health",status="405"} 2.0' in text and "BREW" not in text
+
+
+def test_a_defect_is_counted_and_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def broken(self: Jobs, *arguments: object, **more: object) -> None:
+        raise ZeroDivisionError
+
+    stream = io.StringIO()
+    monkeypatch.setattr(Jobs, "get", broken)
+    with logging_to(stream, log_format="json"), serving(tmp_path) as live, live.client() as http:
+        answer = http.get("/v1/jobs/image_1")
+        text = http.get("/metrics").text
+    assert 'method="GET",route="/v1/jobs/{job_id}",status="500"} 1.0' in text
+    (line,) = [line for line in map(json.loads, stream.getvalue().splitlines()) if line["event"] == "request"]
+    assert line["status"] == 500 and line["request"] == answer.headers["x-request-id"]
 
 
 def test_routes_are_few_words() -> None:

@@ -37,6 +37,17 @@ def test_a_body_that_is_too_large_is_not_read(tmp_path: Path, is_chunked: bool) 
         assert http.get("/health").status_code == 200
 
 
+@pytest.mark.parametrize("path", ["/v1/images/generations", "/v1/images/edits", "/v1/videos", "/v1/videos/sync"])
+def test_a_full_queue_is_told_before_the_body_is_read(tmp_path: Path, path: str) -> None:
+    kind = "image" if "images" in path else "video"
+    with serving(tmp_path, EngineDouble(kind, accepts_image=True, max_queue=0)) as live:
+        address = ("127.0.0.1", int(live.url.rpartition(":")[2]))
+        with socket.create_connection(address, timeout=10) as connection:
+            head = f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+            connection.sendall(f"{head}content-length: 1000\r\n\r\n".encode())
+            assert connection.recv(100).startswith(b"HTTP/1.1 429")
+
+
 def test_a_defect_is_an_answer_and_a_traceback_in_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def broken(self: Jobs, *arguments: object, **more: object) -> None:
         raise ZeroDivisionError("secret of the server")

@@ -62,7 +62,9 @@ def test_a_part(http: httpx2.Client, url: str, asked: str, first: int, last: int
     assert answer.headers["content-range"] == f"bytes {begin}-{begin + len(answer.content) - 1}/{len(whole)}"
 
 
-@pytest.mark.parametrize("asked", ["bytes=999999-", "bytes=-0", "bytes=99999999999999999999999-"])
+@pytest.mark.parametrize(
+    "asked", ["bytes=999999-", "bytes=-0", "bytes=99999999999999999999999-", f"bytes={'9' * 5000}-"]
+)
 def test_a_part_that_is_not_there(http: httpx2.Client, url: str, asked: str) -> None:
     answer = http.get(url, headers={"range": asked})
     assert answer.status_code == 416 and answer.json()["error"]["code"] == "range_not_satisfiable"
@@ -87,6 +89,19 @@ def test_conditions(http: httpx2.Client, url: str) -> None:
 def test_what_is_no_file(http: httpx2.Client, name: str) -> None:
     answer = http.get(f"/v1/files/{name}")
     assert answer.status_code == 404 and answer.json()["error"]["code"] == "not_found"
+
+
+def test_nothing_is_unchanged_that_is_not_there(http: httpx2.Client) -> None:
+    for name in ("0" * 32 + ".png", "jobs.db"):
+        answer = http.get(f"/v1/files/{name}", headers={"if-none-match": "*"})
+        assert answer.status_code == 404 and answer.json()["error"]["code"] == "not_found"
+
+
+def test_a_part_of_numbers_that_are_long(http: httpx2.Client, url: str) -> None:
+    whole = http.get(url).content
+    for asked in (f"bytes=-{'9' * 5000}", f"bytes=0-{'9' * 5000}", f"bytes={'0' * 5000}-"):
+        answer = http.get(url, headers={"range": asked})
+        assert answer.status_code == 206 and answer.content == whole
 
 
 def test_a_storage_that_fails(live: Live, http: httpx2.Client, url: str, monkeypatch: pytest.MonkeyPatch) -> None:

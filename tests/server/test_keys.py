@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hmac
+import socket
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,24 @@ def test_another_host_name_is_refused_without_keys(tmp_path: Path) -> None:
             assert answer.status_code in (400, 421), host
         for host in (f"localhost:{port}", "127.0.0.1", f"[::1]:{port}"):
             assert http.get("/health", headers={"host": host}).status_code == 200
+
+
+def test_a_network_without_keys_answers_to_its_own_names_only(tmp_path: Path) -> None:
+    with serving(tmp_path, host="0.0.0.0", no_auth=True, allow_host=["gpu.example.org"]) as live, live.client() as http:
+        for host in ("evil.example", "evil.example:80", ""):
+            assert http.get("/health", headers={"host": host}).status_code == 421, host
+        for host in ("GPU.example.org:80", "192.168.7.8:1", "[fe80::1]:80", "localhost", socket.gethostname()):
+            assert http.get("/health", headers={"host": host}).status_code == 200, host
+    with serving(tmp_path) as live, live.client() as http:  # on this machine only, an address of a network is strange
+        assert http.get("/health", headers={"host": "192.168.7.8"}).status_code == 421
+
+
+@pytest.mark.parametrize("host", ["[", "[::1", "[1]", "a b", "a:99999", "a/b", "a@b", "::1", "[::1]x"])
+def test_a_host_that_cannot_be_read(tmp_path: Path, host: str) -> None:
+    for settings in ({"api_key": ["sk-ann"]}, {}):
+        with serving(tmp_path, **settings) as live, live.client("sk-ann") as http:
+            for path in ("/health", "/nothing"):
+                assert http.get(path, headers={"host": host}).status_code == 400
 
 
 def test_another_sites_page_may_not_change_anything(tmp_path: Path) -> None:

@@ -32,6 +32,21 @@ def test_text_lines_and_levels() -> None:
     assert "seen" in line and "size=64x64" in line and "\x1b" not in line
 
 
+def test_what_clients_send_makes_no_line_of_its_own() -> None:
+    stream = io.StringIO()
+    with logging_to(stream):
+        structlog.get_logger().info("request", path="/x\r\n2026 [info] forged\x1b[2J\u2028", more=["a\nb"])
+        logging.getLogger("elsewhere").warning("a\nb")
+        try:
+            raise ValueError("x\n2026 [info] forged")
+        except ValueError as error:
+            structlog.get_logger().error("broke", exc_info=error)
+    text = stream.getvalue()
+    assert not any(line.startswith("2026 [info]") for line in text.splitlines()) and "\x1b" not in text
+    assert "\\x1b[2J" in text and "\\u2028" in text and "a\\nb" in text  # it is there, for who looks for it
+    assert "\n    ValueError: x" in text
+
+
 def test_tracebacks_are_in_their_line() -> None:
     stream = io.StringIO()
     with logging_to(stream, log_format="json"):

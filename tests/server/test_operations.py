@@ -75,8 +75,28 @@ def test_configuration_that_took_effect(tmp_path: Path) -> None:
     assert config["model"] == "org/double" and config["server"]["server_name"] == "alpha"
 
 
-def test_what_opens_something_is_not_shown() -> None:
-    settings = ServeConfig(api_key=["sk-ann"], database="postgresql://ann:pass-word@host:5432/jobs")
+def test_what_a_rank_wrote_last_is_not_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    messages = ["rank 1 died (exit 1): OSError: /home/ann/model is not there", "cannot read /home/ann/model", ""]
+    states: list[Any] = ["restarting", "failed", "idle"]
+    groups = [
+        GroupStatus(number=number, state=state, message=message)
+        for number, (state, message) in enumerate(zip(states, messages, strict=True))
+    ]
+    engine = EngineDouble()
+    monkeypatch.setattr(engine, "status", lambda: EngineStatus(groups=groups, queue_depth=0, steps_per_s=0.0))
+    with serving(tmp_path, engine) as live, live.client() as http:
+        answer = http.get("/health")
+    assert "/home" not in answer.text
+    shown = [group["message"] for group in answer.json()["groups"]]
+    assert shown[0] == "rank 1 died (exit 1). The server's log says more." and "log" in shown[1] and shown[2] == ""
+
+
+@pytest.mark.parametrize(
+    "database",
+    ["postgresql://ann:pass-word@host:5432/jobs", "postgresql://host:5432/jobs?user=ann&password=pass-word"],
+)
+def test_what_opens_something_is_not_shown(database: str) -> None:
+    settings = ServeConfig(api_key=["sk-ann"], database=database)
     service = SimpleNamespace(settings=settings, jobs=SimpleNamespace(server="alpha"))
     shown = str(public_settings(service))  # type: ignore[arg-type]
     assert "sk-ann" not in shown and "pass-word" not in shown and "host:5432/jobs" in shown

@@ -6,6 +6,7 @@ with the breakdown of its seconds, so its success is silent here. Does not know 
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import time
 from typing import Any
@@ -17,6 +18,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from penstock.server.metrics import Metrics
 
 _LOWEST_ERROR = 400
+_LEFT = 499
+_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 
 
 class Access:
@@ -49,14 +52,22 @@ class Access:
                 self._count(scope, status, time.monotonic() - begun_s)
             await send(message)
 
+        left = 500  # what is raised through here, the outermost layer of the app answers so
         try:
             await self._app(scope, receive, watch)
+        except asyncio.CancelledError:
+            left = _LEFT
+            raise
         finally:
-            self._tell(scope, status or 500, time.monotonic() - begun_s)
+            if not status:
+                status = left
+                self._count(scope, status, time.monotonic() - begun_s)
+            self._tell(scope, status, time.monotonic() - begun_s)
 
     def _count(self, scope: Scope, status: int, seconds: float) -> None:
         route = route_of(scope)
-        self._metrics.requests.labels(scope["method"], route, status).inc()
+        method = scope["method"] if scope["method"] in _METHODS else "other"  # clients make up what they like
+        self._metrics.requests.labels(method, route, status).inc()
         self._metrics.request_s.labels(route).observe(seconds)
 
     def _tell(self, scope: Scope, status: int, seconds: float) -> None:

@@ -99,7 +99,7 @@ def _application(service: Service) -> FastAPI:
         middleware=[
             Middleware(Access, metrics=service.metrics),
             Middleware(BodyLimit, num_bytes=settings.upload_bytes, text=settings.max_upload),
-            Middleware(Guard, keys=Keys(settings.api_key), host=settings.host),
+            Middleware(Guard, keys=Keys(settings.api_key), host=settings.host, names=settings.allow_host),
         ],
     )
     app.state.service = service

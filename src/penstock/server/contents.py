@@ -27,7 +27,9 @@ MEDIA_TYPES = {
     ".mp4": "video/mp4",
     ".wav": "audio/wav",
 }
-_RANGE = re.compile(r"bytes=(\d*)-(\d*)")
+_RANGE = re.compile(r"bytes=([0-9]*)-([0-9]*)")
+_FAR = 2**62  # behind the end of every file
+_MOST_DIGITS = 18
 
 
 @router.head("/v1/files/{name}", include_in_schema=False)
@@ -65,9 +67,10 @@ async def deliver(request: Request, files: Files, name: str, media_type: str) ->
         "etag": tag,
         "x-content-type-options": "nosniff",
     }
-    if _matches(request.headers.get("if-none-match"), tag):
-        return Response(status_code=304, headers=headers)
     try:
+        if _matches(request.headers.get("if-none-match"), tag):
+            await files.get(name)  # nothing is unchanged that is not there
+            return Response(status_code=304, headers=headers)
         start, end = _range(request, tag)
         if start is not None and start < 0:
             size, _ = await files.get(name)
@@ -103,8 +106,15 @@ def _range(request: Request, tag: str) -> tuple[int | None, int | None]:
     if match is None or (condition is not None and condition != tag) or (not match[1] and not match[2]):
         return None, None  # several ranges, or what is none: all of it, as the standard allows
     if not match[1]:
-        return (-int(match[2]), None) if int(match[2]) else (2**62, None)
-    first, last = int(match[1]), int(match[2]) + 1 if match[2] else None
+        length = _place(match[2])
+        return (-length, None) if length else (_FAR, None)
+    first, last = _place(match[1]), _place(match[2]) + 1 if match[2] else None
     if last is not None and last <= first:
         return None, None
     return first, last
+
+
+def _place(digits: str) -> int:
+    """A number of bytes, however many digits a client writes."""
+    digits = digits.lstrip("0") or "0"
+    return int(digits) if len(digits) <= _MOST_DIGITS else _FAR

@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import hmac
 import ipaddress
+import re
+import socket
 from collections.abc import Sequence
 
 from starlette.datastructures import Headers
@@ -21,6 +23,8 @@ _OPEN_PATHS = ("/", "/health", "/ready", "/favicon.ico")
 _OPEN_FOLDERS = ("/page/", "/v1/files/")
 _SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 _LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
+_HOST = re.compile(r"(\[[0-9a-f:.]+\]|[^\[\]\s:/?#@\\]*)(:[0-9]{0,5})?", re.IGNORECASE)
+_MOST_PORT = 2**16 - 1
 _OWNER_LENGTH = 16
 
 
@@ -80,20 +84,23 @@ def check_binding(host: str, has_keys: bool, no_auth: bool) -> None:
 class Guard:
     """ASGI: lets a request in, or answers 401, 403 or 421 before any of its body is read.
 
-    What it lets in has `scope["state"]["owner"]`. Without keys, on loopback, the Host must be this machine (a name that
-    a stranger's DNS turned to 127.0.0.1 is not), and what changes something must not come from another site's page.
+    What it lets in has `scope["state"]["owner"]`. Without keys the Host must be this machine: a name that a stranger's
+    DNS turned to one of its addresses is not. What changes something must not come from another site's page.
 
     Args:
         app: what is guarded.
         keys: of the server.
         host: that it listens on.
+        names: further ones that it goes by.
     """
 
-    def __init__(self, app: ASGIApp, *, keys: Keys, host: str) -> None:
+    def __init__(self, app: ASGIApp, *, keys: Keys, host: str, names: Sequence[str] = ()) -> None:
         self._app = app
         self._keys = keys
         own = f"[{host}]" if ":" in host and not host.startswith("[") else host
-        self._hosts = {*_LOOPBACK_NAMES, own.lower()} if is_loopback(host) else None
+        self._is_local = is_loopback(host)
+        machine = [] if self._is_local else [socket.gethostname()]
+        self._hosts = {name.lower() for name in (*_LOOPBACK_NAMES, own, *machine, *names)}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let in or answer."""
@@ -108,6 +115,10 @@ class Guard:
 
     def _error(self, scope: Scope) -> ApiError | None:
         headers, path = Headers(scope=scope), scope["path"]
+        if not _is_host(headers.get("host", "")):
+            return ApiError(
+                400, "the Host of the request is none. Send the name that the server goes by.", code="wrong_host"
+            )
         owner = self._keys.owner_of(headers.get("authorization"))
         scope.setdefault("state", {})["owner"] = owner or ""
         if not self._keys:
@@ -124,11 +135,11 @@ class Guard:
 
     def _stranger(self, method: str, headers: Headers) -> ApiError | None:
         host = headers.get("host", "").lower()
-        if self._hosts is not None and _name(host) not in self._hosts:
+        if not self._goes_by(_name(host)):
             return ApiError(
                 421,
                 f"this server is {', '.join(sorted(self._hosts))}, and not {host[:80]!r}. Ask it by its own name, or "
-                "start it with that --host.",
+                "start it with --allow-host and that name.",
                 code="wrong_host",
             )
         origin = headers.get("origin")
@@ -140,6 +151,26 @@ class Guard:
                 code="foreign_origin",
             )
         return None
+
+    def _goes_by(self, name: str) -> bool:
+        """Whether a name can only be meant for this server: an address of a network cannot be another's DNS."""
+        return name in self._hosts or (not self._is_local and _is_address(name))
+
+
+def _is_host(host: str) -> bool:
+    """Whether a Host header can be read: a name or an address, and perhaps a port."""
+    found = _HOST.fullmatch(host)
+    if found is None or int((found[2] or ":0")[1:] or "0") > _MOST_PORT:
+        return False
+    return not host.startswith("[") or _is_address(found[1])
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name.strip("[]"))
+    except ValueError:
+        return False
+    return True
 
 
 def _name(host: str) -> str:

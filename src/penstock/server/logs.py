@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 from logging.handlers import QueueHandler, QueueListener
 from queue import SimpleQueue
@@ -75,10 +75,31 @@ def logging_to(stream: TextIO | None = None, *, log_format: str = "text") -> Ite
 
 
 def _formatter(log_format: str, *, is_terminal: bool) -> logging.Formatter:
-    last: Any = structlog.dev.ConsoleRenderer(colors=is_terminal, pad_event_to=0, sort_keys=False)
+    last: list[Any] = [_escape, structlog.dev.ConsoleRenderer(colors=is_terminal, pad_event_to=0, sort_keys=False)]
     if log_format == "json":
-        last = structlog.processors.JSONRenderer()
+        last = [structlog.processors.JSONRenderer()]  # which escapes by itself
     return structlog.stdlib.ProcessorFormatter(
         foreign_pre_chain=_SHARED,
-        processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, last],
+        processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *last],
     )
+
+
+def _escape(logger: Any, method: str, line: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """Write control characters as such: what clients send shall neither look like a line of ours nor move a cursor.
+
+    The lines of a traceback stay lines, each of them indented.
+    """
+    for name, value in line.items():
+        if name == "exception":
+            line[name] = "\n".join(f"    {_printable(part)}" for part in str(value).split("\n"))
+        elif isinstance(value, str):
+            line[name] = _printable(value)
+        elif not isinstance(value, (int, float, type(None))):
+            line[name] = _printable(repr(value))
+    return line
+
+
+def _printable(text: str) -> str:
+    if text.isprintable():
+        return text
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode("ascii") for one in text)

@@ -9,14 +9,16 @@ import platform
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from anyio import to_thread
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from penstock import __version__
+from penstock.server.database import shown_url
+from penstock.server.failures import how_it_died
 from penstock.server.metrics import CONTENT_TYPE
 from penstock.server.openapi import errors
 from penstock.server.service import Service, service_of
+from penstock.server.threads import WAITING
 
 router = APIRouter(tags=["operations"])
 
@@ -80,7 +82,7 @@ async def ready(request: Request) -> JSONResponse:
 async def metrics(request: Request) -> Response:
     """Counters, gauges and histograms, as Prometheus reads them."""
     service = service_of(request)
-    text = await to_thread.run_sync(service.metrics.text)
+    text = await WAITING.run(service.metrics.text)
     return Response(text, headers={"content-type": CONTENT_TYPE})
 
 
@@ -103,17 +105,18 @@ def public_settings(service: Service) -> dict[str, Any]:
     """The server's settings without what opens something."""
     settings = asdict(service.settings)
     settings["api_key"] = f"{len(service.settings.api_key)} keys" if service.settings.api_key else None
-    for name in ("database", "storage"):
-        scheme, _, rest = settings[name].partition("://")
-        if "@" in rest:
-            settings[name] = f"{scheme}://***@{rest.rpartition('@')[2]}"
+    if service.settings.database:
+        settings["database"] = shown_url(service.settings.database)
     settings["server_name"] = service.jobs.server
     return settings
 
 
 def _shown(group: GroupStatus) -> dict[str, Any]:
-    """A group as everybody may see it: the ids of jobs are their owners' business."""
+    """A group as everybody may see it: the ids of jobs are their owners' business, what a rank said is the log's."""
     shown = asdict(group)
+    if group.state in ("restarting", "failed") and group.message:
+        reason = how_it_died(group.message) or "its ranks do not run"
+        shown["message"] = f"{reason}. The server's log says more."
     num_orders = len(shown.pop("order_ids"))
     return {**shown, "num_orders": num_orders}
 
