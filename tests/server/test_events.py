@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -52,6 +53,19 @@ def test_events_then_the_end() -> None:
     blocks = asyncio.run(main())
     assert blocks == [": penstock", 'event: a\ndata: {"n":1}', 'event: b\ndata: {"t":"x\\ny"}', ""]
     assert ends == ["end"]
+
+
+def test_pictures_are_encoded_beside_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[int] = []
+    encode = events._line
+    monkeypatch.setattr(events, "_line", lambda *event: threads.append(threading.get_ident()) or encode(*event))
+
+    async def main() -> list[str]:
+        return await Client().read(some(("a", {"b64_json": "x"}), ("b", {})))
+
+    blocks = asyncio.run(main())
+    assert blocks[1:3] == ['event: a\ndata: {"b64_json":"x"}', "event: b\ndata: {}"]
+    assert threads[0] != threading.get_ident() == threads[1]
 
 
 def test_silence_is_filled_with_comments(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,6 +66,18 @@ def test_a_queued_job_tells_its_place(live: Live, http: httpx2.Client) -> None:
     assert name == "queued" and data["position"] == 0 and data["estimated_start_s"] == 0.0
 
 
+def test_a_queued_job_tells_of_every_place(live: Live, http: httpx2.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("penstock.server.listing.PLACE_S", 0.02)
+    live.engine.gate.clear()
+    made = [http.post("/v1/videos", json={"prompt": str(number)}).json()["id"] for number in range(2)]
+    before = [2]
+    monkeypatch.setattr(live.engine, "position", lambda order_id: (before[0], 1.0))
+    for after_s in (0.3, 0.6):
+        threading.Timer(after_s, lambda: before.append(before.pop() - 1)).start()
+    threading.Timer(1.0, live.engine.gate.set).start()
+    assert [data["position"] for name, data in events(http, made[1]) if name == "queued"] == [2, 1, 0]
+
+
 def test_a_failed_job_ends_with_why(live: Live, http: httpx2.Client) -> None:
     live.engine.failures["boom"] = Failure(code="out_of_memory", message="it does not fit. Ask for less.")
     job_id = http.post("/v1/videos", json={"prompt": "boom"}).json()["id"]

@@ -16,6 +16,7 @@ from fastapi import Request
 from fastapi.sse import EventSourceResponse, format_sse_event
 
 from penstock.server.failures import ApiError
+from penstock.server.threads import CODING
 
 T = TypeVar("T")
 
@@ -74,7 +75,7 @@ async def _watched(events: AsyncIterator[Event], request: Request) -> AsyncGener
                 coming = None
                 if event is _END:
                     return
-                yield _line(*event)
+                yield await CODING.run(_line, *event) if "b64_json" in event[1] else _line(*event)
             elif not done:
                 yield format_sse_event(comment="keep-alive")
     finally:

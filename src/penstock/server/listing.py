@@ -5,24 +5,27 @@ Owns the routes of `/v1/jobs`. Does not know how a job is made.
 
 from __future__ import annotations
 
+import asyncio
 import base64
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from anyio import to_thread
 from fastapi import APIRouter, Query, Request, Response
 
 from penstock.server.answers import job_answer
 from penstock.server.events import Event, stream
 from penstock.server.job import Job
 from penstock.server.openapi import STREAM, errors
-from penstock.server.runs import News, Run
+from penstock.server.runs import Feed, News, Run
 from penstock.server.schemas import Deleted, JobAnswer, JobPage
 from penstock.server.service import owner_of, service_of
+from penstock.server.threads import CODING
 from penstock.server.videos import After, Limit
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
+
+PLACE_S = 1.0  # between two looks at the place of a job that waits
 
 Kind = Annotated[Literal["image", "video"] | None, Query(description="Only these.")]
 
@@ -74,13 +77,32 @@ async def _events(request: Request, job: Job, run: Run | None) -> AsyncIterator[
     jobs = service_of(request).jobs
     if run is not None:
         with run.listening() as feed:
-            async for news in feed:
+            async for news in _with_places(feed, request, run):
                 event = await _event(news, request, run)
                 if event is not None:
                     yield event
         job = run.job
     name = job.status if job.status in ("completed", "failed") else "progress"  # unfinished: another server's
     yield name, {"type": name, "job": job_answer(job, jobs, request).model_dump()}
+
+
+async def _with_places(feed: Feed, request: Request, run: Run) -> AsyncIterator[News]:
+    """The news of a feed; between them, as long as the run waits, its place where that has changed."""
+    jobs, told = service_of(request).jobs, service_of(request).jobs.position(run.job)
+    while True:
+        try:
+            async with asyncio.timeout(PLACE_S if told is not None else None):
+                news = await feed.get()
+        except TimeoutError:
+            now = jobs.position(run.job)
+            if now is not None and now[0] != (told or (None,))[0]:
+                yield run.waiting()
+            told = now
+            continue
+        if news["type"] == "ended":
+            return
+        told = jobs.position(run.job)
+        yield news
 
 
 async def _event(news: News, request: Request, run: Run) -> Event | None:
@@ -93,7 +115,7 @@ async def _event(news: News, request: Request, run: Run) -> Event | None:
             waits = {"position": position[0], "estimated_start_s": position[1]}
         return "queued", {"type": "queued", "job_id": run.job.id, "seconds": news["seconds"], **waits}
     if news["type"] == "partial_image":
-        content = await to_thread.run_sync(_content, Path(news["path"]))
+        content = await CODING.run(_content, Path(news["path"]))
         if content is not None:
             where = {"item": news["item"], "partial_image_index": news["index"]}
             facts = {"output_format": run.order.format.name or "png", "job_id": run.job.id}

@@ -114,6 +114,10 @@ class Run:
         finally:
             self._feeds.remove(feed)
 
+    def waiting(self) -> News:
+        """That it still waits."""
+        return self._progress("queue", 0)
+
     def tell(self, news: News) -> None:
         """Give news to all listeners."""
         if news["type"] == "progress":

@@ -53,9 +53,16 @@ function onChange(run) {
   run.lastStage = run.stage;
   if (run === runs.at(-1)) document.title = run.isOver ? "penstock" : `${Math.round(100 * run.share)} % penstock`;
   if (run === shown) updateView();
+  if (run.complaint) complain(run.complaint);
   if (!run.id || run.isOver) return;
   if (!gallery.jobOf(run.id)) gallery.put({ id: run.id, prompt: run.asked.prompt, status: "in_progress", files: [] }, pick);
   gallery.advance(run.id, run.share);
+}
+
+/** Something that was asked for was not done; nothing else has changed. */
+function complain(error) {
+  form.showError(null, error.message);
+  announce(error.message);
 }
 
 /** A request that the server did not take, or that failed on its way. */
@@ -96,7 +103,7 @@ function pick(id) {
   shown = id;
   gallery.mark(id);
   view.showJob(job, {
-    "Use these settings": () => form.fill({ ...job.arguments, seed: job.seed }),
+    "Use these settings": () => form.fill(settingsOf(job)),
     Delete: ({ target: button }) => {
       if (button.dataset.isSure) return remove(job);
       button.dataset.isSure = "yes";
@@ -105,10 +112,22 @@ function pick(id) {
   });
 }
 
+/** What a job was made with, by the names of the form's fields: whoever asked may have said size and seconds. */
+function settingsOf(job) {
+  const asked = { ...job.arguments, seed: job.seed };
+  const [width, height] = /^\d+x\d+$/.test(asked.size ?? "") ? asked.size.split("x").map(Number) : [];
+  if (width) Object.assign(asked, { width, height });
+  const frames = job.files.find((file) => file.role === "result")?.facts.num_frames;
+  if (asked.seconds && frames) asked.num_frames ??= frames;
+  return asked;
+}
+
 async function remove(job) {
-  await get(`v1/jobs/${job.id}`, { method: "DELETE" }).catch((error) => {
-    if (error.status !== 404) throw error;
-  });
+  try {
+    await get(`v1/jobs/${job.id}`, { method: "DELETE" });
+  } catch (error) {
+    if (error.status !== 404) return complain(error);
+  }
   gallery.remove(job.id);
   announce("Deleted.");
   if (shown === job.id) leave();

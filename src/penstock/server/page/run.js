@@ -9,7 +9,7 @@ export const UNFINISHED = ["queued", "in_progress"];
 export class Run {
   /** `asked` holds the API's names; `onChange(run)` is called whenever something is new. */
   constructor(kind, asked, onChange) {
-    Object.assign(this, { kind, asked, onChange, id: null, job: null, error: null, state: "queued" });
+    Object.assign(this, { kind, asked, onChange, id: null, job: null, error: null, complaint: null, state: "queued" });
     Object.assign(this, { stage: "queue", step: 0, total: 0, item: 0, share: 0, ahead: null, partials: [] });
     this.count = asked.n ?? 1;
     this.begunMs = performance.now();
@@ -64,11 +64,25 @@ export class Run {
   }
 
   async cancel() {
-    if (this.isOver) return;
+    if (this.isOver || this.state === "cancelling") return;
+    const before = this.state;
     this.state = "cancelling";
     this.onChange(this);
-    if (this.id) await call(`v1/jobs/${this.id}`, { method: "DELETE" }).catch(() => {});
+    try {
+      if (this.id) await call(`v1/jobs/${this.id}`, { method: "DELETE" });
+    } catch (error) {
+      if (!(error instanceof ApiError)) throw error;
+      if (error.status !== 404) return this.#goOn(before, error); // 404: somebody else was faster
+    }
     this.abort.abort();
+  }
+
+  /** It could not be cancelled, and goes on. */
+  #goOn(state, error) {
+    if (!this.isOver) this.state = state;
+    this.complaint = error;
+    this.onChange(this);
+    this.complaint = null;
   }
 
   /** The pictures' own stream lives as long as somebody wants them; how far they are is told by their job's. */
