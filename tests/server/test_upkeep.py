@@ -12,7 +12,7 @@ import pytest
 import sqlalchemy as sa
 
 from penstock.engine.status import EngineStatus, GroupStatus
-from penstock.errors import EngineError, PenstockError
+from penstock.errors import EngineError, NotReadyError, PenstockError
 from penstock.server.database import LeaseLostError
 from penstock.server.files import Files
 from penstock.server.logs import logging_to
@@ -66,6 +66,17 @@ def test_an_engine_ends_the_server_once_no_group_ever_runs_again(bench: Bench) -
     bench.watch(group("failed", "the engine is closed."), group("failed", "x", 1))
     (problem,) = bench.problems
     assert isinstance(problem, EngineError) and "the engine is closed. Look at the log" in str(problem)
+
+
+def test_the_engines_own_word_for_its_end_counts_more(bench: Bench) -> None:
+    bench.engine.close()
+    bench.engine.require_room = refuse  # type: ignore[method-assign]
+    bench.watch(group("failed", "the engine is closed"))
+    assert "its thread failed (ZeroDivisionError). Look" in str(bench.problems[0])
+
+
+def refuse() -> None:
+    raise NotReadyError("its thread failed (ZeroDivisionError).")
 
 
 def test_an_engine_that_never_began_is_told_of_by_whoever_waits_for_it(bench: Bench) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
-from penstock.errors import EngineError, PenstockError
+from penstock.errors import EngineError, NotReadyError, PenstockError, QueueFullError
 from penstock.server.database import LeaseLostError
 from penstock.server.endings import fail_dead
 from penstock.server.expiry import sweep
@@ -106,10 +106,22 @@ class Upkeep:
         if self._engine.description is None:
             return  # it never began: whoever waits for that is told why
         if status.groups and all(group.state == "failed" for group in status.groups):
-            reason = status.groups[0].message.rstrip(".") or "the engine has ended"
+            reason = self._refusal() or status.groups[0].message or "the engine has ended"
+            reason = reason.rstrip(".")
             await self._fail(
                 EngineError(f"no ranks run any more: {reason}. Look at the log, and start penstock again.")
             )
+
+
+    def _refusal(self) -> str:
+        """Why the engine takes no work, in its own words."""
+        try:
+            self._engine.require_room()
+        except NotReadyError as error:
+            return str(error)
+        except QueueFullError:
+            pass
+        return ""
 
 
 def _defect(problem: BaseException) -> Any:
