@@ -11,7 +11,7 @@ import hashlib
 import os
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -32,6 +32,7 @@ _CONNECT_S = 10
 _LEASE_S = 1.0
 _LEASE_POLL_S = 0.02
 _GRACE_S = 15.0  # without a lease, until a server counts as dead: PostgreSQL may have ended its session alone
+_LOST_S = 60.0  # without the lease, until its own server ends
 _LOCK = 0x70656E73746F636B  # of all penstocks in a PostgreSQL database, while tables are made
 
 _METADATA = sa.MetaData()
@@ -105,6 +106,7 @@ class Database:
         self._turn: AbstractContextManager[Any] = Lock() if self._is_sqlite else nullcontext()
         self._lease: int | sa.Connection | None = None
         self._leased = ""
+        self._lost_s: float | None = None
         self._engine = _engine(self._url)
         try:
             self._prepare()
@@ -181,7 +183,8 @@ class Database:
 
         Raises:
             LeaseLostError: where another has taken it meanwhile.
-            StoreError: where the database fails; try again.
+            StoreError: where the database fails, or does not give the name back yet: it may not have noticed that the
+                former session has ended. Try again.
         """
         if not self._leased or isinstance(self._lease, int):
             return False
@@ -193,12 +196,16 @@ class Database:
                 self._let_go(self._lease)
                 self._lease = None
         self._lease = self._locked(self._leased)
-        if self._lease is None:
-            raise LeaseLostError(
-                f"the database {self} ended the session that held the name {self._leased!r}, and another server has "
-                "taken it. Start this one again with another --server-name."
-            )
-        return True
+        if self._lease is not None:
+            self._lost_s = None
+            return True
+        self._lost_s = self._lost_s or time.monotonic()
+        if time.monotonic() - self._lost_s < _LOST_S:
+            raise StoreError(f"the database {self} lost the name {self._leased!r}, and has not let go of it yet.")
+        raise LeaseLostError(
+            f"the database {self} ended the session that held the name {self._leased!r}, and another server has "
+            "taken it. Start this one again with another --server-name."
+        )
 
     @contextmanager
     def holding(self, name: str) -> Iterator[bool]:
@@ -213,6 +220,9 @@ class Database:
         finally:
             if isinstance(held, int):
                 Path(self._lock_path(name)).unlink(missing_ok=True)  # nobody is left who would
+            elif held is not None:
+                with suppress(SQLAlchemyError):
+                    held.execute(sa.select(sa.func.pg_advisory_unlock_all()))  # at once, not when the session has ended
             if held is not None:
                 self._let_go(held)
 

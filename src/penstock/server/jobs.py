@@ -377,7 +377,7 @@ class Jobs:
             self._unrecorded[job.id] = job
             return
         self._unrecorded.pop(job.id, None)
-        if found is None or found.files != job.files:  # it was ended or deleted elsewhere, and has no use for them
+        if found is None or not found.files:  # it was ended or deleted elsewhere, and has no use for them
             await self._keeping.discard(job.files)
 
     async def _record_again(self) -> None:

@@ -112,7 +112,6 @@ class Upkeep:
                 EngineError(f"no ranks run any more: {reason}. Look at the log, and start penstock again.")
             )
 
-
     def _refusal(self) -> str:
         """Why the engine takes no work, in its own words."""
         try:
