@@ -30,7 +30,7 @@ _LONGEST_WAIT_S = 60.0
 _SHOWN_LINES = 20
 _SHOWN_BYTES = 2**16
 _KEPT_BYTES = 2**23
-_SECRETS = ("PENSTOCK_API_KEYS", "AWS_")
+_SECRETS = ("PENSTOCK_API_KEYS", "AWS_", "PGPASS", "PGSERVICE", "PGSSL")
 """What names of variables begin with that ranks have no use for."""
 _LOOPBACK = "127.0.0.1"
 

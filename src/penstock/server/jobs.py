@@ -363,8 +363,8 @@ class Jobs:
         if is_recorded:
             await self._record(run.job)
         self._tell_log(run, ended)
-        await self._clear(run)
         self._leave(run)
+        await self._clear(run)
 
     async def _record(self, job: Job) -> None:
         """Write how a job ended; where the database fails, again later: until then this server knows it by heart."""

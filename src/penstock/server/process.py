@@ -6,6 +6,7 @@ Owns what happens from the command line to the last line of the log. Does not kn
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import platform
 import signal
@@ -85,6 +86,8 @@ def run(
         app = create_app(settings, engine, store, files, spool=spool.path, model=model, server=name, options=options)
         server = Server(app, engine, address_of(listener), say)
         engine.start()
+        gc.collect()
+        gc.freeze()  # what is loaded stays: a collection that looks at it holds up everybody for 50 ms
         server.run(sockets=[listener])
         if server.problem is not None:
             raise server.problem
