@@ -94,6 +94,15 @@ def test_an_empty_field_of_a_browsers_form_is_none(live: Live, http: httpx2.Clie
     assert answer.status_code == 200 and set(live.engine.orders[-1].request.pictures) == {"image"}
 
 
+def test_sixteen_pictures_are_the_most(live: Live, http: httpx2.Client) -> None:
+    assert (
+        edit(http, image=[DATA] * 16).status_code == 200 and len(live.engine.orders[-1].request.pictures["image"]) == 16
+    )
+    refused = edit(http, image=[DATA] * 17)
+    assert refused.status_code == 400 and refused.json()["error"]["param"] == "image"
+    assert "at most 16" in refused.json()["error"]["message"]
+
+
 def test_a_decompression_bomb(http: httpx2.Client) -> None:
     answer = edit(http, image="data:;base64," + base64.b64encode(png((9000, 9000))).decode())
     assert answer.status_code == 413 and answer.json()["error"]["param"] == "image"

@@ -22,6 +22,7 @@ from penstock.server.uploads import Limits, TooLargeError, accept
 
 Bring = Callable[[Path], Awaitable[Mapping[str, tuple[str, ...]]]]
 
+_MOST_PICTURES = 16  # of one request, as in the official API
 _OTHER_NAMES = {"image[]": "image", "images": "image", "images[]": "image"}
 
 
@@ -87,6 +88,9 @@ def _sources(body: Body, pipeline: Pipeline, taken: Taken) -> dict[str, list[Any
         value = body.values.pop(name)
         if value not in (None, "", []):
             sources.setdefault(_OTHER_NAMES.get(name, name), []).extend(_addresses(name, value))
+    for name, given in sources.items():
+        if len(given) > _MOST_PICTURES:
+            raise invalid(name[:80], f"{len(given)} pictures came as {name[:80]}. Send at most {_MOST_PICTURES}.")
     return sources
 
 
