@@ -6,7 +6,7 @@ import base64
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx2
@@ -125,19 +125,23 @@ def test_list_and_delete(live: Live, http: httpx2.Client) -> None:
         assert http.get(path).status_code == 404
 
 
+def await_that(holds: Callable[[], bool]) -> None:
+    end = time.monotonic() + 20
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
 def test_events_end_for_a_listener_who_leaves(live: Live, http: httpx2.Client) -> None:
     live.engine.gate.clear()
     try:
         job_id = http.post("/v1/videos", json={"prompt": "x"}).json()["id"]
         run = live.app.state.service.jobs.run_of(job_id)
         with live.client() as other, other.stream("GET", f"/v1/jobs/{job_id}/events") as answer:
-            next(answer.iter_text())
-            while not run._feeds:
-                time.sleep(0.01)
-        end = time.monotonic() + 20
-        while run._feeds:
-            assert time.monotonic() < end
-            time.sleep(0.01)
+            texts = answer.iter_text()  # held: it ends the stream where it goes
+            next(texts)
+            await_that(lambda: bool(run._feeds))
+        await_that(lambda: not run._feeds)
         assert http.get(f"/v1/jobs/{job_id}").json()["status"] == "in_progress"  # to look away cancels nothing
     finally:
         live.engine.gate.set()
