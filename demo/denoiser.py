@@ -16,7 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
+from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel, ModelMixin
 from torch import distributed, multiprocessing, nn
 from transformers import CLIPTextModel, T5EncoderModel
 
@@ -128,10 +128,10 @@ def latent_pool(vae: AutoencoderKL, prompts: list[str], seed: int) -> torch.Tens
     return FluxPipeline._pack_latents(latents, *latents.shape)
 
 
-def optimizers(model: FluxTransformer2DModel) -> list[torch.optim.Optimizer]:
+def optimizers(model: ModelMixin) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the blocks, AdamW for everything else."""
-    blocks = [*model.transformer_blocks.parameters(), *model.single_transformer_blocks.parameters()]
-    matrices = [weight for weight in blocks if weight.ndim == 2]
+    blocks = [module for name, module in model.named_modules() if "transformer_blocks." in name]
+    matrices = [module.weight for module in blocks if isinstance(module, nn.Linear)]
     chosen = {id(weight) for weight in matrices}
     others = [weight for weight in model.parameters() if id(weight) not in chosen]
     muon = torch.optim.Muon(
@@ -181,8 +181,8 @@ class Run:
         step: Steps taken.
     """
 
-    model: FluxTransformer2DModel
-    average: FluxTransformer2DModel
+    model: ModelMixin
+    average: ModelMixin
     optimizers: list[torch.optim.Optimizer]
     step: int = 0
 
@@ -217,12 +217,14 @@ class Run:
         self.model.load_state_dict(state["model"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-        self.average.load_state_dict(FluxTransformer2DModel.from_pretrained(folder).state_dict())
+        self.average.load_state_dict(type(self.average).from_pretrained(folder).state_dict())
         self.step = state["step"]
 
 
 def share_gradients(model: nn.Module) -> None:
-    """Average the gradients over the workers."""
+    """Average the gradients over the workers, where there are several."""
+    if not distributed.is_initialized():
+        return
     gradients = [weight.grad for weight in model.parameters()]
     joined = torch.cat([gradient.flatten() for gradient in gradients])
     distributed.all_reduce(joined)

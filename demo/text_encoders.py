@@ -8,6 +8,7 @@ follows; padding must come out as one constant vector.
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -51,10 +52,10 @@ def build_clip() -> CLIPTextModel:
     return CLIPTextModel(config)
 
 
-def build_t5() -> T5EncoderModel:
-    """An untrained T5 encoder."""
+def build_t5(words: Sequence[str] = WORDS) -> T5EncoderModel:
+    """An untrained T5 encoder of these words."""
     config = T5Config(
-        vocab_size=len(t5_tokenizer()),
+        vocab_size=len(t5_tokenizer(words)),
         d_model=T5_WIDTH,
         d_kv=16,
         num_heads=4,
@@ -77,9 +78,9 @@ def clip_ids(prompts: list[str]) -> torch.Tensor:
     return tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids
 
 
-def t5_ids(prompts: list[str], length: int) -> torch.Tensor:
+def t5_ids(prompts: list[str], length: int, words: Sequence[str] = WORDS) -> torch.Tensor:
     """Token ids `(n, length)` as the pipeline makes them."""
-    tokenizer = t5_tokenizer()
+    tokenizer = t5_tokenizer(words)
     return tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
 
 
@@ -223,11 +224,11 @@ def report_t5(model: T5EncoderModel, judges: nn.ModuleList) -> None:
 
 
 @torch.no_grad()
-def share_spellings(model: T5EncoderModel) -> None:
+def share_spellings(model: T5EncoderModel, words: Sequence[str] = WORDS) -> None:
     """Give the capitalised spellings of a word the vector of its lower-case spelling."""
-    tokenizer = t5_tokenizer()
+    tokenizer = t5_tokenizer(words)
     vectors = model.get_input_embeddings().weight
-    for word in WORDS:
+    for word in words:
         lower, *others = (tokenizer.convert_tokens_to_ids(SPACE + spelling) for spelling in spellings(word))
         for other in others:
             vectors[other] = vectors[lower]

@@ -6,6 +6,7 @@ small letters from capitals: the CLIP tokenizer lowers the case, and the T5 toke
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise, product
 
 from tokenizers.pre_tokenizers import ByteLevel
@@ -59,9 +60,9 @@ def clip_tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocab=vocabulary, merges=list(ranks), model_max_length=CLIP_LENGTH)
 
 
-def t5_tokenizer() -> T5Tokenizer:
+def t5_tokenizer(words: Sequence[str] = WORDS) -> T5Tokenizer:
     """Whole words first, single characters as a costly fallback."""
     entries = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), (SPACE, -6.0)]
-    entries += [(SPACE + spelling, -1.0) for word in WORDS for spelling in spellings(word)]
+    entries += [(SPACE + spelling, -1.0) for word in words for spelling in spellings(word)]
     entries += [(character, -8.0) for character in CHARACTERS]
     return T5Tokenizer(vocab=entries, extra_ids=0, model_max_length=T5_LENGTH)

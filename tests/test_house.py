@@ -16,6 +16,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 OTHER_SOURCES = [
     *sorted((ROOT / "benchmarks").glob("*.py")),
     *sorted((ROOT / "demo").glob("*.py")),  # not demo/work, where training leaves its results
+    *sorted((ROOT / "demo" / "video").glob("*.py")),
     *sorted((ROOT / "tests").rglob("*.py")),
 ]
 
