@@ -18,8 +18,11 @@ from tests.server.served import Served, served
 from tests.turns import by_turns
 
 ROOT = Path(__file__).resolve().parents[1]
-CARD = ROOT / "src" / "penstock" / "demo" / "README.md"
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", CARD, *sorted((ROOT / "docs").rglob("*.md"))]
+MODELS = {"FluxPipeline": "demo", "LTXPipeline": "demo-video"}
+"""Which built-in model's card shows the pipeline by itself, run in the model's folder."""
+
+CARDS = [ROOT / "src" / "penstock" / model / "README.md" for model in MODELS.values()]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *CARDS, *sorted((ROOT / "docs").rglob("*.md"))]
 ADDRESS = "http://127.0.0.1:8000"
 BLOCK = re.compile(r"```(python|sh)\n(.*?)```", re.DOTALL)
 
@@ -54,7 +57,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 def test_python(
     page: str, code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
-    monkeypatch.chdir(CARD.parent if "FluxPipeline.from_pretrained" in code else tmp_path)
+    shown = [model for name, model in MODELS.items() if f"{name}.from_pretrained" in code]
+    monkeypatch.chdir(ROOT / "src" / "penstock" / shown[0] if shown else tmp_path)
     if ADDRESS in code:
         code = code.replace(ADDRESS, request.getfixturevalue("server").url)
     exec(compile(code, page, "exec"), {"__name__": "example"})

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import penstock
+from penstock.models.folder import BUILT_IN
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -65,8 +66,9 @@ def test_version_is_the_same_everywhere() -> None:
     assert project()["version"] == penstock.__version__ == importlib.metadata.version("penstock")
 
 
-def test_built_in_model_is_small() -> None:
-    files = [file for file in (ROOT / "src" / "penstock" / "demo").rglob("*") if file.is_file()]
+@pytest.mark.parametrize("model", BUILT_IN)
+def test_built_in_model_is_small(model: str) -> None:
+    files = [file for file in (ROOT / "src" / "penstock" / model).rglob("*") if file.is_file()]
     assert 0 < sum(file.stat().st_size for file in files) < 10_000_000
 
 
@@ -78,12 +80,13 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_wheel_carries_the_model(built: Path) -> None:
+@pytest.mark.parametrize("model", BUILT_IN)
+def test_wheel_carries_the_model(built: Path, model: str) -> None:
     (wheel,) = built.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
-    inside = {str(file.relative_to(ROOT / "src")) for file in (ROOT / "src" / "penstock" / "demo").rglob("*.*")}
-    assert inside <= names
+    inside = {str(file.relative_to(ROOT / "src")) for file in (ROOT / "src" / "penstock" / model).rglob("*.*")}
+    assert inside and inside <= names
     assert "penstock/py.typed" in names
 
 
@@ -91,5 +94,6 @@ def test_source_distribution_is_complete(built: Path) -> None:
     (sdist,) = built.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    assert {"constraints.txt", "requirements.txt", "Makefile", "tests/conftest.py", "demo/train.py"} <= names
+    assert {"constraints.txt", "requirements.txt", "Makefile", "tests/conftest.py"} <= names
+    assert {"demo/train.py", "demo/train_video.py", "demo/video/denoiser.py"} <= names
     assert not any(name.startswith(("demo/work", ".venv")) for name in names)

@@ -46,6 +46,15 @@ def test_demo_is_built_in_and_knows_its_grammar() -> None:
     assert not folder.notes.prompts.knows("a dog")
 
 
+def test_demo_video_is_built_in_and_knows_its_grammar() -> None:
+    folder = open_folder("demo-video", SOURCE)
+    assert folder.class_name == "LTXPipeline"
+    assert (folder.notes.defaults["num_frames"], folder.notes.defaults["frame_rate"]) == (17, 8)
+    assert folder.notes.prompts is not None
+    assert folder.notes.prompts.knows("a red circle moving right")
+    assert not folder.notes.prompts.knows("a red circle")
+
+
 def test_grammar_ignores_case_and_outer_space() -> None:
     grammar = PromptGrammar(pattern="a (dog|cat)", description="a {dog|cat}")
     assert grammar.knows(" A Dog ")
@@ -95,6 +104,6 @@ def test_notes_are_checked(tmp_path: Path, notes: str) -> None:
 
 def test_revision_is_not_ignored_for_a_folder(tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "m", '{"_class_name": "P"}')
-    for model in (str(folder), "demo"):
+    for model in (str(folder), "demo", "demo-video"):
         with pytest.raises(ConfigError, match="revision='v1' is for hub models"):
             open_folder(model, SourceConfig(revision="v1"))

@@ -36,7 +36,7 @@ class DrawingOptions:
 
 @command
 def generate(
-    model: Annotated[str, typer.Argument(help="demo, a folder saved by diffusers, or a hub id.")],
+    model: Annotated[str, typer.Argument(help="demo, demo-video, a folder saved by diffusers, or a hub id.")],
     prompt: Annotated[str | None, typer.Argument(help="What to draw.")] = None,
     *,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="File to write; out.png, .mp4 or .wav.")] = None,

@@ -20,7 +20,7 @@ from penstock.profile import ComponentProfile, Fact, Profile
 
 @command
 def inspect(
-    model: Annotated[str, typer.Argument(help="demo, a folder saved by diffusers, or a hub id.")],
+    model: Annotated[str, typer.Argument(help="demo, demo-video, a folder saved by diffusers, or a hub id.")],
     *,
     as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON instead of tables.")] = False,
     load: LoadConfig,

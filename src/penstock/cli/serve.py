@@ -20,7 +20,7 @@ KEYS_VARIABLE = "PENSTOCK_API_KEYS"
 
 @command
 def serve(
-    model: Annotated[str, typer.Argument(help="demo, a folder saved by diffusers, or a hub id.")],
+    model: Annotated[str, typer.Argument(help="demo, demo-video, a folder saved by diffusers, or a hub id.")],
     *,
     server: ServeConfig,
     load: LoadConfig,

@@ -31,7 +31,7 @@ class LimitOptions:
 
 @command
 def verify(
-    model: Annotated[str, typer.Argument(help="demo, a folder saved by diffusers, or a hub id.")],
+    model: Annotated[str, typer.Argument(help="demo, demo-video, a folder saved by diffusers, or a hub id.")],
     prompt: Annotated[str | None, typer.Argument(help="What to draw.")] = None,
     *,
     control: Annotated[

@@ -103,7 +103,7 @@ def load(
     """Load a pipeline: the stock diffusers class, its weights on the device.
 
     Args:
-        model: `demo`, a folder saved by diffusers, or a hub id.
+        model: `demo`, `demo-video`, a folder saved by diffusers, or a hub id.
         parallel: how its work is split over ranks, which torchrun or another launcher has started; every rank calls
             `load`, and later the pipeline, with the same arguments.
         on_progress: called before each component and once at the end.

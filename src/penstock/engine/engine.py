@@ -49,7 +49,7 @@ class Engine:
     All methods may be called from any thread.
 
     Args:
-        model: `demo`, a folder saved by diffusers, or a hub id.
+        model: `demo`, `demo-video`, a folder saved by diffusers, or a hub id.
         parallel: how the work is split; `data_parallel_size` groups work side by side behind one queue.
         load: how the model is loaded.
         config: limits of the queue, and of the engine's patience.

@@ -127,7 +127,7 @@ def verify(
     """Compare stock diffusers with penstock under a configuration: same model, request and seed.
 
     Args:
-        model: `demo`, a folder saved by diffusers, or a hub id.
+        model: `demo`, `demo-video`, a folder saved by diffusers, or a hub id.
         request: what to generate; a seed of None counts as 0, so that a verification can be repeated.
         tolerance: largest relative difference that passes, such as 1e-4; 0 asks for bit equality. Left out, 0 on one
             rank; on several, where sums are made in another order, 1e-4 in float32 and 5e-2 in shorter dtypes.

@@ -17,9 +17,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from penstock.config import SourceConfig
 from penstock.errors import ConfigError, ModelError, ModelNotFoundError, NotAPipelineError
 
-BUILT_IN = "demo"
-"""The miniature model that ships with penstock."""
+BUILT_IN = ("demo", "demo-video")
+"""The miniature models that ship with penstock, each in the folder of its name: one of pictures, one of videos."""
 
+_NAMES = ", ".join(map(repr, BUILT_IN))
 _INDEX = "model_index.json"
 _NOTES = "penstock.json"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -111,7 +112,7 @@ def _is_component(name: str, value: Any) -> bool:
 
 
 def open_folder(model: str | Path, config: SourceConfig) -> ModelFolder:
-    """Find a model by name: `demo`, a folder, or a hub id (downloaded into the hub's cache where needed).
+    """Find a model by name: one of `BUILT_IN`, a folder, or a hub id (downloaded into the hub's cache where needed).
 
     Raises:
         ModelNotFoundError: for a name that leads nowhere.
@@ -133,13 +134,13 @@ def open_folder(model: str | Path, config: SourceConfig) -> ModelFolder:
 def _locate(model: str, config: SourceConfig) -> Path:
     path = Path(model).expanduser()
     if not model:
-        raise ModelNotFoundError(f"no model is named. Give {BUILT_IN!r}, a folder saved by diffusers, or owner/name.")
-    if config.revision is not None and (model == BUILT_IN or path.exists()):
+        raise ModelNotFoundError(f"no model is named. Give {_NAMES}, a folder saved by diffusers, or owner/name.")
+    if config.revision is not None and (model in BUILT_IN or path.exists()):
         raise ConfigError(
             f"revision={config.revision!r} is for hub models, and {model} is on this machine. Leave it out."
         )
-    if model == BUILT_IN:
-        return _built_in()
+    if model in BUILT_IN:
+        return _built_in(model)
     if path.is_dir():
         return path.resolve()
     if path.is_file():
@@ -147,14 +148,14 @@ def _locate(model: str, config: SourceConfig) -> Path:
     if _HUB_ID.fullmatch(model) and not model.startswith("."):
         return _download(model, config)
     raise ModelNotFoundError(
-        f"{model!r} is no folder and no hub id. Give {BUILT_IN!r}, a folder saved by diffusers, or owner/name."
+        f"{model!r} is no folder and no hub id. Give {_NAMES}, a folder saved by diffusers, or owner/name."
     )
 
 
-def _built_in() -> Path:
-    path = Path(__file__).resolve().parents[1] / BUILT_IN
+def _built_in(model: str) -> Path:
+    path = Path(__file__).resolve().parents[1] / model
     if not (path / _INDEX).is_file():
-        raise ModelNotFoundError("the built-in model is missing from this installation. Install penstock again.")
+        raise ModelNotFoundError(f"the built-in {model} is missing from this installation. Install penstock again.")
     return path
 
 
