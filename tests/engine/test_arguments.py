@@ -112,6 +112,13 @@ def test_what_penstock_fills_itself_cannot_be_set(flux: Any) -> None:
         arguments(flux, prompt="x", arguments={"generator": "1"})
 
 
+def test_a_schedule_is_not_counted_against_makers_defaults(flux: Any) -> None:
+    request = GenerationRequest(prompt="x", arguments={"sigmas": [1.0, 0.5]})
+    assert call_arguments(request, flux, {"num_inference_steps": 8})["sigmas"] == [1.0, 0.5]
+    with pytest.raises(RequestError, match="Leave one of them out"):
+        call_arguments(dataclasses.replace(request, num_inference_steps=7), flux, {})
+
+
 def test_nothing_is_given_twice(flux: Any) -> None:
     with pytest.raises(RequestError, match="'height' is given twice"):
         arguments(flux, prompt="x", height=64, arguments={"height": "32"})

@@ -8,7 +8,7 @@ import diffusers
 import pytest
 import torch
 
-from penstock.engine.checks import PACKS_FRAMES, check_arguments, effect_notes
+from penstock.engine.checks import PACKS_FRAMES, check_arguments, check_schedule, effect_notes
 from penstock.errors import RequestError
 from penstock.models.sizes import call_parameters
 from tests import zoo
@@ -37,6 +37,7 @@ def test_calls_of_the_zoo_pass(name: str) -> None:
         ({"height": 64.0}, "height=64.0 is not a whole number"),
         ({"num_inference_steps": 0}, "num_inference_steps=0 is not a whole number from 1 up"),
         ({"prompt": ["a", "b"]}, "prompt is a list"),
+        ({"prompt_2": ["a", "b"]}, "prompt_2 is a list"),
         ({"negative_prompt": "b"}, "negative_prompt has no effect .* true_cfg_scale=1.0: .* --set true_cfg_scale=4"),
         ({"max_sequence_length": 1024}, "FluxPipeline: `max_sequence_length` cannot be greater than 512"),
     ],
@@ -44,6 +45,17 @@ def test_calls_of_the_zoo_pass(name: str) -> None:
 def test_what_flux_cannot_do(arguments: dict[str, Any], message: str, flux: Any) -> None:
     with pytest.raises(RequestError, match=message):
         check_arguments(flux, {"prompt": "x", "height": 64, "width": 64, **arguments})
+
+
+def test_schedules_say_how_many_steps_there_are() -> None:
+    check_schedule({"sigmas": [1.0, 0.5]})
+    check_schedule({"sigmas": [1.0, 0.5], "num_inference_steps": 2})
+    for arguments, message in (
+        ({"sigmas": []}, "sigmas is empty"),
+        ({"timesteps": [3, 2, 1], "num_inference_steps": 7}, "3 timesteps mean 3 steps, and num_inference_steps=7"),
+    ):
+        with pytest.raises(RequestError, match=message):
+            check_schedule(arguments)
 
 
 def test_pipelines_own_rule_of_guidance_counts() -> None:

@@ -293,3 +293,36 @@ def wait_until(condition: object, timeout_s: float = 30.0) -> None:
     while not condition():  # type: ignore[operator]
         assert time.monotonic() < deadline_s
         time.sleep(0.02)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_forked_process_is_told_to_make_its_own(tmp_path: Path) -> None:
+    engine = running()
+    told, mouth = os.pipe()
+    if (pid := os.fork()) == 0:
+        try:
+            engine.submit(order(tmp_path), lambda event: None)
+        except NotReadyError as error:
+            os.write(mouth, str(error).encode())
+        finally:
+            os._exit(0)
+    os.waitpid(pid, 0)
+    os.close(mouth)
+    with open(told, "rb") as said:
+        assert f"the engine is process {os.getpid()}'s" in said.read().decode()
+
+
+def test_a_listener_may_close_the_engine(tmp_path: Path) -> None:
+    ended: SimpleQueue[OrderEvent] = SimpleQueue()
+    engine = Engine("demo", load=LoadConfig(device="cpu"))
+    with engine:
+
+        def close(event: OrderEvent) -> None:
+            if isinstance(event, Began):
+                engine.close()
+            ended.put(event)
+
+        engine.submit(order(tmp_path, num_inference_steps=500), close)
+        while not isinstance(event := ended.get(timeout=20), Ended):
+            pass
+    assert event.failure is not None and event.failure.code == "engine_closed"

@@ -115,6 +115,7 @@ def play(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
     monkeypatch.setattr(RankGroup, "_start", start)
     monkeypatch.setattr(Rank, "forget", lambda rank: None)  # what it printed is no file
+    monkeypatch.setattr(Rank, "rest", lambda rank: setattr(rank, "is_working", False))
 
     def made(is_ready: bool = True, config: EngineConfig | None = None, **degrees: int) -> Stage:
         fleet = Fleet("demo", ParallelConfig(**degrees), LoadConfig(), config or EngineConfig())

@@ -114,11 +114,52 @@ def test_who_died_is_found_with_its_last_words(processes: type[Process]) -> None
     end(group)
 
 
+def test_what_was_printed_before_is_not_why_it_died(processes: type[Process]) -> None:
+    processes.script = "print('an order failed', flush=True); import time; time.sleep(100)"
+    group = RankGroup(0, 1, WORK)
+    group.start()
+    rank = group.ranks[0]
+    while not rank.tail():
+        assert rank.process.poll() is None
+    rank.process.terminate()
+    rank.process.wait(10)
+    assert how_it_ended(rank) == "rank 0 died (signal 15, Terminated): an order failed"
+    rank.rest()
+    assert how_it_ended(rank) == "rank 0 died (signal 15, Terminated)"
+    group.kill()
+    group.ranks[:] = []
+    end(group)
+
+
+def test_who_is_killed_said_nothing_of_it(processes: type[Process]) -> None:
+    processes.script = "print('a warning', flush=True); import time; time.sleep(100)"
+    group = RankGroup(0, 1, WORK)
+    group.start()
+    rank = group.ranks[0]
+    while not rank.tail():
+        assert rank.process.poll() is None
+    rank.process.kill()
+    rank.process.wait(10)
+    assert how_it_ended(rank) == "rank 0 died (signal 9, Killed)"
+    end(group)
+
+
+def test_gpus_that_are_switched_off_stay_so(processes: type[Process], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    group = RankGroup(1, 2, WORK)
+    group.start()
+    assert [options["env"]["CUDA_VISIBLE_DEVICES"] for _, options in processes.started] == ["", ""]
+    end(group)
+
+
 def test_silence_counts_once_a_rank_is_ready(processes: type[Process]) -> None:
     group = RankGroup(0, 1, WORK)
     group.start()
     group.ranks[1].heard_s -= 10
-    assert group.first_silent(5) is None
+    assert group.first_silent(5) is None  # it loads
+    group.ranks[1].heard_s -= 120
+    assert group.first_silent(5) is group.ranks[1]
+    group.ranks[1].heard_s += 120
     group.ranks[1].is_ready = True
     silent = group.first_silent(5)
     assert silent is not None and silent.number == 1 and group.first_silent(15) is None

@@ -172,9 +172,15 @@ def test_video_limits() -> None:
     assert refused(video, ServeConfig(max_frames=17), num_frames=33).param == "num_frames"
 
 
+def test_a_frame_rate_has_one_name() -> None:
+    error = refused(video, frame_rate=1e-9)
+    assert (error.status, error.param) == (400, "frame_rate") and "fps" in error.message
+
+
 def test_adapters_by_name_only(tmp_path: Path) -> None:
     (tmp_path / "crayon.safetensors").touch()
     (tmp_path / "notes.txt").touch()
+    (tmp_path / "folder.safetensors").mkdir()
     settings = ServeConfig(lora_dir=str(tmp_path))
     assert adapters(settings) == ["crayon"] and adapters(ServeConfig()) == []
     (lora,) = image(settings=settings, lora=[{"name": "crayon", "scale": 0.5}]).loras

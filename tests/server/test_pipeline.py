@@ -50,6 +50,7 @@ def test_frames_of_a_pipeline_that_takes_any() -> None:
 
 
 def test_seconds() -> None:
+    assert [seconds_of(9, 1000.0), seconds_of(2000, 1e-5)] == ["0.009", "200000000"]
     assert [seconds_of(33, 8.0), seconds_of(32, 8.0), seconds_of(None, 8.0), seconds_of(5, None)] == [
         "4.1",
         "4",

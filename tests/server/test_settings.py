@@ -45,6 +45,7 @@ def test_lists_are_copies_and_none_is_an_empty_one() -> None:
         ("step_timeout_s", [0.0]),
         ("max_upload", ["", "64", "4G", "-1"][2:]),
         ("max_storage", ["lots"]),
+        ("lora_dir", ["/nowhere/at/all", __file__]),
         ("max_pixels", ["", "4096", "0x10", "10x0", "4096X4096", "4096x4096x3", "9" * 5000 + "x1", "-1x4"]),
         ("log_format", ["", "xml"]),
         ("trusted_proxy", [["proxy"], ["127.0.0.1", "*"]]),

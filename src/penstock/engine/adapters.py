@@ -54,8 +54,10 @@ class Adapters:
         except (*_FAILURES, PenstockError) as error:
             self._pipeline.unload_lora_weights()
             names = ", ".join(lora.name for lora in wanted)
-            reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
-            raise RequestError(f"lora {names} cannot be loaded on this model: {reason[0]}", "lora") from error
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            for lora in wanted:  # where it lies is not the asker's business
+                reason = reason.replace(lora.path, lora.name).replace(str(Path(lora.path).parent), "its folder")
+            raise RequestError(f"lora {names} cannot be loaded on this model: {reason}", "lora") from error
         self._loaded = wanted
 
     def _load(self, wanted: tuple[Lora, ...]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from PIL import Image
 
 from penstock.config import suggestion
-from penstock.engine.checks import FRAME_ARGUMENTS, check_arguments
+from penstock.engine.checks import FRAME_ARGUMENTS, check_arguments, check_schedule
 from penstock.engine.values import MisfitError, open_picture, read_value, type_hints
 from penstock.errors import ModelError, RequestError
 from penstock.models.sizes import FRAME_RATE_ARGUMENTS, call_parameters, output_kind
@@ -67,6 +67,7 @@ def call_arguments(request: GenerationRequest, pipeline: Any, defaults: Mapping[
             raise RequestError(f"{argument}={error} by {type(pipeline).__name__}.", argument) from error
     if "latents" in given and request.num_images > 1:
         raise RequestError(f"num_images={request.num_images} with latents would make equal pictures. Leave one out.")
+    check_schedule(given)
     arguments = {**defaults, **given}
     if getattr(takes.get("output_type"), "default", None) == "latent":
         arguments["output_type"] = "np"  # a few pipelines return latents unless told otherwise

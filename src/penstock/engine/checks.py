@@ -25,6 +25,8 @@ _COUNTS = ("width", "height", "num_inference_steps", "max_sequence_length", *FRA
 _NEEDS_IMAGE = re.compile(r"Img2Img|ImageToVideo|ImageToImage|Inpaint|Pix2Pix|Upscale|FluxFill|I2VGen|Depth2Img")
 _INSTEAD_OF_IMAGE = ("image_embeds", "image_latents", "latents")
 PACKS_FRAMES = re.compile(r"Wan|LTX|HunyuanVideo(?!Framepack)")  # others pad, trim, or work in windows
+_PROMPT = re.compile(r"(negative_)?prompt(_[0-9])?")
+_SCHEDULES = ("sigmas", "timesteps")
 _BINNING = "use_resolution_binning"
 _OWN_RULE = "do_classifier_free_guidance"
 _EMPTY = inspect.Parameter.empty
@@ -76,9 +78,33 @@ def _check_counts(arguments: Mapping[str, Any]) -> None:
 
 
 def _check_prompts(arguments: Mapping[str, Any]) -> None:
-    for argument in ("prompt", "negative_prompt"):
-        if isinstance(arguments.get(argument), (list, tuple)):
+    for argument, value in arguments.items():
+        if _PROMPT.fullmatch(argument) and isinstance(value, (list, tuple)):
             raise RequestError(f"{argument} is a list: a request makes one thing. Make one request for each.", argument)
+
+
+def check_schedule(arguments: Mapping[str, Any]) -> None:
+    """Refuse a schedule without steps, and one beside another number of steps.
+
+    Args:
+        arguments: those that were given, without the model's defaults.
+
+    Raises:
+        RequestError: naming the schedule.
+    """
+    num_steps = arguments.get("num_inference_steps")
+    for name in _SCHEDULES:
+        schedule = arguments.get(name)
+        if not isinstance(schedule, (list, tuple)):
+            continue
+        if not schedule:
+            raise RequestError(f"{name} is empty: no step would be done. Give one number per step.", name)
+        if num_steps is not None and num_steps != len(schedule):
+            raise RequestError(
+                f"{len(schedule)} {name} mean {len(schedule)} steps, and num_inference_steps={num_steps}. Leave one "
+                "of them out.",
+                name,
+            )
 
 
 def _check_sizes(pipeline: Any, arguments: Mapping[str, Any]) -> None:

@@ -8,6 +8,7 @@ imports neither torch nor diffusers: only ranks do. Does not know HTTP, jobs, or
 
 from __future__ import annotations
 
+import os
 import secrets
 import tempfile
 import threading
@@ -71,6 +72,7 @@ class Engine:
         self._fleet = Fleet(str(model), parallel or ParallelConfig(), load or LoadConfig(), config or EngineConfig())
         self._thread = threading.Thread(target=self._fleet.run, name="penstock-engine", daemon=True)
         self._lock = threading.Lock()
+        self._pid = os.getpid()
         self._has_begun = False
         self._is_closed = False
 
@@ -102,6 +104,7 @@ class Engine:
             EngineError: where ranks died, or were not ready in time.
             NotReadyError: where the engine is closed, or was never started.
         """
+        self._require_here()
         if not self._has_begun and not self._is_closed:
             raise NotReadyError("the engine was never started. Use `with Engine(...)`, or call start().")
         self._fleet.wait_ready(timeout_s)
@@ -113,10 +116,10 @@ class Engine:
                 return
             self._is_closed = True
             self._fleet.close()
-            if self._has_begun:
-                self._thread.join(_CLOSE_S)
-            else:
+            if not self._has_begun:
                 self._fleet.run()  # which only tidies up
+            elif self._thread is not threading.current_thread():  # a listener's, which ends all once it returns
+                self._thread.join(_CLOSE_S)
 
     def submit(self, order: Order, listener: Listener) -> None:
         """Let an order wait for ranks.
@@ -128,9 +131,10 @@ class Engine:
 
         Raises:
             QueueFullError: with the seconds after which to ask again.
-            NotReadyError: where no group has ever been ready, or the engine is closed.
+            NotReadyError: where no group has ever been ready, the engine is closed, or another process's.
             RequestError: for a request that cannot travel.
         """
+        self._require_here()
         self._fleet.submit(order, listener)
 
     def require_room(self) -> None:
@@ -140,6 +144,7 @@ class Engine:
             QueueFullError: with the seconds after which to ask again.
             NotReadyError: where no group has ever been ready, or the engine is closed.
         """
+        self._require_here()
         self._fleet.require_room()
 
     def cancel(self, order_id: str) -> None:
@@ -152,7 +157,13 @@ class Engine:
         Returns:
             None in the future where it does, else why not; NotReadyError where no rank can be asked, or dies meanwhile.
         """
+        self._require_here()
         return self._fleet.check(request)
+
+    def _require_here(self) -> None:
+        """Refuse a process that was forked from the engine's: threads do not come along."""
+        if os.getpid() != self._pid:
+            raise NotReadyError(f"the engine is process {self._pid}'s, from which this one was forked. Make one here.")
 
     def position(self, order_id: str) -> tuple[int, float] | None:
         """How many orders are before one in the queue, and about how many seconds; None where it does not wait."""

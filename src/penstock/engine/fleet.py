@@ -238,7 +238,7 @@ class Fleet:
                 _, answer = self._checks.pop(message.number)
                 answer.set_result(message.failure)
             case Idle():
-                rank.is_working = False
+                rank.rest()
                 if not any(other.is_working for other in group.ranks):
                     group.state = "idle"
                     group.succeed()
@@ -291,8 +291,8 @@ class Fleet:
         if dead is not None:
             self._restart(group, Failure(code="rank_died", message=f"{how_it_ended(dead)}. Ask again."))
         elif silent is not None:
-            silence_s = f"rank {silent.number} has been silent for more than {self._config.silence_s:g} s"
-            self._restart(group, Failure(code="rank_hung", message=f"{silence_s}, and was ended. Ask again."))
+            silence = f"rank {silent.number} has been silent for {now_s - silent.heard_s:.0f} s"
+            self._restart(group, Failure(code="rank_hung", message=f"{silence}, and was ended. Ask again."))
         elif group.state == "starting" and now_s - group.begun_s > self._config.start_timeout_s:
             late = f"its ranks were not ready after {self._config.start_timeout_s:g} s ({group.message or 'no word'})"
             self._restart(group, Failure(code="rank_hung", message=f"{late}. Give a larger --start-timeout-s."))

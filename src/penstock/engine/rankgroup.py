@@ -27,6 +27,7 @@ State = Literal["starting", "idle", "busy", "restarting", "failed"]
 
 _FIRST_WAIT_S = 0.5
 _LONGEST_WAIT_S = 60.0
+_LOADING_S = 120.0  # without a word: its libraries may come from a slow disk
 _SHOWN_LINES = 20
 _SHOWN_BYTES = 2**16
 _KEPT_BYTES = 2**23
@@ -67,6 +68,7 @@ class Rank:
         is_working: whether it has been given work and has not ended it.
         device_bytes: that its weights and activations hold on the device.
         host_bytes: that its process holds.
+        past_bytes: of what it has printed, those of work that it has ended: they say nothing of its own end.
     """
 
     number: int
@@ -78,12 +80,18 @@ class Rank:
     is_working: bool = False
     device_bytes: int = 0
     host_bytes: int = 0
+    past_bytes: int = 0
 
     def tail(self) -> str:
-        """The last lines that it printed."""
-        self.said.seek(max(0, self.said.seek(0, os.SEEK_END) - _SHOWN_BYTES))
+        """The last lines that it printed since it last ended some work."""
+        self.said.seek(max(self.past_bytes, self.said.seek(0, os.SEEK_END) - _SHOWN_BYTES))
         lines = self.said.read().replace(b"\0", b"").decode(errors="replace").strip().splitlines()
         return "\n".join(lines[-_SHOWN_LINES:])
+
+    def rest(self) -> None:
+        """It has ended its work."""
+        self.is_working = False
+        self.past_bytes = os.fstat(self.said.fileno()).st_size
 
     def forget(self) -> None:
         """Give back the room of what it printed long ago; what follows goes behind a hole in the file."""
@@ -134,7 +142,7 @@ class RankGroup:
         """
         self.num_restarts += 1
         self.begun_s = time.monotonic()
-        self.state = "starting"
+        self.state, self.message = "starting", ""
         with socket.create_server((_LOOPBACK, 0)) as listener:
             shared = self._variables(listener.getsockname()[1])
             try:
@@ -183,7 +191,9 @@ class RankGroup:
         }
         if self.num_groups > 1:
             seen = os.environ.get("CUDA_VISIBLE_DEVICES")
-            devices = seen.split(",") if seen else [str(index) for index in range(self.num_groups * num_ranks)]
+            devices = (
+                seen.split(",") if seen is not None else [str(index) for index in range(self.num_groups * num_ranks)]
+            )
             variables["CUDA_VISIBLE_DEVICES"] = ",".join(
                 devices[self.number * num_ranks : (self.number + 1) * num_ranks]
             )
@@ -194,9 +204,12 @@ class RankGroup:
         return next((rank for rank in self.ranks if rank.process.poll() is not None), None)
 
     def first_silent(self, most_s: float) -> Rank | None:
-        """A rank that was ready and has said nothing for so long."""
+        """A rank that has said nothing for so long, or, while it loads, for two minutes."""
         now_s = time.monotonic()
-        return next((rank for rank in self.ranks if rank.is_ready and now_s - rank.heard_s > most_s), None)
+        for rank in self.ranks:
+            if now_s - rank.heard_s > (most_s if rank.is_ready else max(most_s, _LOADING_S)):
+                return rank
+        return None
 
     def fall(self, message: str) -> None:
         """End what is left after a failure, and say when it is to be started again."""
@@ -239,8 +252,8 @@ class RankGroup:
 
 
 def how_it_ended(rank: Rank) -> str:
-    """In words: the exit code or the signal of a process, and the last line that it printed."""
+    """In words: the exit code or the signal of a process, and the last line that it printed, unless it was killed."""
     code = rank.process.returncode
     how = f"signal {-code}, {signal.strsignal(-code) or 'unknown'}" if code < 0 else f"exit {code}"
-    last = rank.tail().splitlines()[-1:]
+    last = rank.tail().splitlines()[-1:] if code != -signal.SIGKILL else []
     return f"rank {rank.number} died ({how}){': ' + last[0] if last else ''}"

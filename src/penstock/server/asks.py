@@ -29,6 +29,7 @@ from penstock.wire import FileFormat, Lora
 _SEEDS = 2**32
 _STEPS = "num_inference_steps"  # those of a prior or a decoder begin with its name
 _SCHEDULES = ("sigmas", "timesteps")  # one step for each entry
+_RATES = ("frame_rate",)  # what pipelines call fps
 _MOST_ARGUMENTS = 2**20  # bytes of all fields: they travel to ranks and into the record
 _MOST_TEXT = 100_000  # characters of one argument of a pipeline
 _UNRECORDED = {"model", "user", "safety_identifier", "stream", "response_format"}
@@ -206,6 +207,8 @@ def _check_names(ask: Ask, pipeline: Pipeline) -> None:
         if getattr(ask, name) and not pipeline.takes(name):
             raise invalid(name, pipeline.unknown(name, fields), code="unknown_parameter")
     for name, value in (ask.model_extra or {}).items():
+        if name in _RATES and isinstance(ask, VideoAsk):
+            raise invalid(name, f"{name} is called fps here. Give that.", code="unknown_parameter")
         if not pipeline.takes(name):
             advice = f"{name!r} is no field here. {ADVICE[name]}." if name in ADVICE else pipeline.unknown(name, fields)
             raise invalid(name[:80], advice, code="unknown_parameter")
@@ -264,7 +267,7 @@ def _adapters(settings: ServeConfig) -> dict[str, Path]:
     if settings.lora_dir is None:
         return {}
     files = Path(settings.lora_dir).expanduser().absolute().glob("*.safetensors")
-    return {path.stem: path for path in sorted(files)}
+    return {path.stem: path for path in sorted(files) if path.is_file()}
 
 
 def _plain(name: str) -> str:

@@ -122,4 +122,5 @@ def seconds_of(num_frames: int | None, frame_rate: float | None) -> str:
     """A duration as clients show it: to a tenth of a second; "0" where it is not known."""
     if not num_frames or not frame_rate:
         return "0"
-    return f"{round(num_frames / frame_rate, 1):g}"
+    seconds = num_frames / frame_rate
+    return f"{seconds:.{1 if seconds >= 0.1 else 3}f}".rstrip("0").rstrip(".")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ipaddress
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from penstock.bytesize import parse_bytes
 from penstock.config import option
@@ -108,6 +109,8 @@ class ServeConfig:
         for name in ("host", "server_name"):
             if not getattr(self, name).strip():
                 raise ConfigError(f"{name} is empty. Give one, or leave it out.")
+        if self.lora_dir is not None and not Path(self.lora_dir).expanduser().is_dir():
+            raise ConfigError(f"lora_dir={self.lora_dir!r} is no folder. Give the one that holds the adapters.")
         for address in self.trusted_proxy:
             _check_network(address)
         if any(not key.strip() or not (key.isascii() and key.isprintable()) for key in self.api_key):
