@@ -49,7 +49,7 @@ def parse_bytes(value: object, name: str = "size") -> int:
             return int(Fraction(match[1]) * factor)
     raise ConfigError(
         f"{name}={value!r} is no number of bytes. Use a number with one of {', '.join(_BINARY)} or "
-        f"{', '.join(_DECIMAL)}, such as 4GiB, 1.5 GiB or 800MB, or a whole number of bytes, such as 0."
+        f"{', '.join(_DECIMAL)}, such as 4GiB, 1.5 GiB or 800MB, or a whole number of bytes, such as 4096."
     )
 
 

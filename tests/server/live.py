@@ -15,6 +15,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from penstock.server.app import create_app
+from penstock.server.connections import AT_ONCE, Connection
 from penstock.server.files import Files
 from penstock.server.process import bind
 from penstock.server.settings import ServeConfig
@@ -58,9 +59,9 @@ def serving(folder: Path, engine: EngineDouble | None = None, **settings: Any) -
     engine = engine or EngineDouble()
     app, store, files, spool = parts(folder, engine, **settings)
     listener = bind("127.0.0.1", 0)
-    server = uvicorn.Server(
-        uvicorn.Config(app, log_config=None, access_log=False, proxy_headers=False, timeout_graceful_shutdown=5)
-    )
+    options: dict[str, Any] = {"log_config": None, "access_log": False, "proxy_headers": False}
+    config = uvicorn.Config(app, http=Connection, backlog=AT_ONCE, timeout_graceful_shutdown=5, **options)
+    server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     port = listener.getsockname()[1]
     thread.start()

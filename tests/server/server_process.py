@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import resource
 import sys
 import threading
 import time
 
 from penstock.errors import ConfigError, PenstockError
+from penstock.server import connections
 from penstock.server.jobs import Jobs
 from penstock.server.process import run
 from penstock.server.settings import ServeConfig
@@ -25,6 +27,9 @@ def main(folder: str, trouble: str = "") -> int:
     if trouble == "mortal":  # its engine fails for good once a job is under way
         engine.gate.clear()
         threading.Thread(target=fail_later, args=(engine,), daemon=True).start()
+    if trouble == "narrow":  # few descriptors, and little patience
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
+        connections.HEAD_S = 2.0
     if trouble == "lifeless":
 
         async def cannot(self: Jobs) -> None:

@@ -69,6 +69,7 @@ def test_a_seed_is_drawn_where_none_is_given() -> None:
         ({"size": "8192x8192"}, 413, "size"),
         ({"width": 999_936, "height": 64}, 413, "width"),
         ({"n": 11}, 400, "n"),
+        ({"n": 10**20}, 400, "n"),
         ({"num_inference_steps": 1001}, 400, "num_inference_steps"),
         ({"strenght": 0.5}, 400, "strenght"),
         ({"style": "vivid"}, 400, "style"),
@@ -121,6 +122,25 @@ def test_what_the_pipeline_makes_by_itself_is_limited_as_well() -> None:
     assert (error.status, error.param) == (413, "size") and "32x32" in error.message
     assert refused(video, ServeConfig(max_frames=4)).param == "num_frames"
     assert video(ServeConfig(max_frames=4), num_frames=1)
+
+
+def test_more_pictures_than_there_are_seeds_for_are_refused_with_the_real_most() -> None:
+    assert refused(image, n=10**20).message.endswith("The most is 10.")
+    assert refused(image, settings=ServeConfig(max_images=5000), n=1001).message.endswith("The most is 1000.")
+
+
+def test_a_field_of_another_endpoint_is_refused_without_advice_on_its_values() -> None:
+    assert refused(image, seconds="4").message.startswith("DoublePipeline takes no 'seconds'")
+    assert "png" not in refused(video, output_format="png").message
+    assert refused(image, style="vivid").message.endswith(
+        "is no field here. There are no styles here: say it in the prompt."
+    )
+
+
+def test_a_name_without_end_is_cut() -> None:
+    for name in ("x" * 2**20, "\0'" * 2**19):
+        error = refused(image, **{name: 1})
+        assert error.param == name[:80] and len(error.message) < 1000
 
 
 def test_a_variation_needs_no_prompt() -> None:

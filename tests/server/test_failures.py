@@ -90,6 +90,25 @@ def test_validation_names_the_field_and_what_to_do() -> None:
     assert from_validation(caught.value.errors()[1:]).param == "lora.0"
 
 
+def test_a_field_that_a_schema_does_not_have_gets_no_advice_on_its_values() -> None:
+    class Fields(BaseModel, extra="forbid"):
+        n: int = 1
+
+    for name in ("size", "x" * 2**20):
+        with pytest.raises(ValidationError) as caught:
+            Fields.model_validate({name: "64"})
+        answer = from_validation(caught.value.errors(), {"size": "Give WIDTHxHEIGHT"})
+        assert (answer.code, answer.param) == ("unknown_parameter", name[:80])
+        assert answer.message == f"{name[:80]} is no field here. Leave it out."
+
+
+def test_names_that_clients_make_up_are_cut() -> None:
+    name = "'\n" * 1000
+    error = ApiError(400, f"{name} and {name!r}", param=name)
+    assert error.param == name[:80] and error.message == f"{name[:80]} and {name[:80]!r}"
+    assert len(ApiError(400, "x" * 2**20).message) == 4000
+
+
 def test_no_wait_is_longer_than_clients_obey() -> None:
     assert from_error(QueueFullError("full", 600)).response().headers["retry-after"] == "60"
 

@@ -16,6 +16,8 @@ def test_what_its_pipeline_takes(tmp_path: Path) -> None:
         assert model["description"]["parameters"]["guidance_scale"]["default"] == 3.5
         assert model["description"]["adapters"] == ["crayon"] and "effective" not in model["description"]
         assert http.get(f"/v1/models/{MODEL}").json() == model
+        for empty in ("/v1/models/", "/v1/models//"):
+            assert http.get(empty).status_code == 404
         assert http.get("/v1/models/other/model").json()["error"]["code"] == "model_not_found"
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from penstock.server.failures import from_validation
 from penstock.server.schemas import ADVICE, Ask, EditAsk, ImageAsk, ImagesAnswer, RemixAsk, VideoAsk
 
 
@@ -61,6 +62,15 @@ def test_adapters_in_their_spellings() -> None:
 
 def test_other_fields_are_kept_for_the_pipeline() -> None:
     assert ImageAsk.model_validate({"true_cfg_scale": 3}).model_extra == {"true_cfg_scale": 3}
+
+
+def test_a_number_of_pictures_or_videos_that_cannot_be() -> None:
+    for model, n, is_about_videos in ((VideoAsk, 2, True), (ImageAsk, -1, False)):
+        with pytest.raises(ValidationError) as caught:
+            model.model_validate({"n": n}, strict=True)
+        message = from_validation(caught.value.errors(), ADVICE).message
+        assert ("ask several times" in message) == is_about_videos and "1000" not in message
+    assert VideoAsk.model_validate({"n": 1}, strict=True).n == 1 and VideoAsk.model_validate({"n": "1"}).n == "1"
 
 
 def test_advice_is_about_fields_that_exist_somewhere() -> None:

@@ -43,7 +43,8 @@ def test_lists_are_copies_and_none_is_an_empty_one() -> None:
         *((name, [0, -1, "4", True, 1.0]) for name in ("max_queue", "max_batch_size", "max_images", "ttl_s")),
         ("start_timeout_s", [0, -1.0, float("nan")]),
         ("step_timeout_s", [0.0]),
-        ("max_upload", ["", "64", "4G", "-1"][2:]),
+        ("max_upload", ["4G", "-1", "0"]),
+        ("allow_host", [["a b"], [""], ["example.org:80"], ["http://example.org"], ["good.org", "::1"]]),
         ("max_storage", ["lots"]),
         ("lora_dir", ["/nowhere/at/all", __file__]),
         ("max_pixels", ["", "4096", "0x10", "10x0", "4096X4096", "4096x4096x3", "9" * 5000 + "x1", "-1x4"]),
@@ -65,6 +66,16 @@ def test_a_key_that_no_header_can_hold_is_refused_without_showing_it(key: str) -
     with pytest.raises(ConfigError, match="an API key is empty, or holds") as caught:
         ServeConfig(api_key=["good", key])
     assert "good" not in str(caught.value)
+
+
+def test_names_of_hosts_are_taken() -> None:
+    assert ServeConfig(allow_host=["example.org", "studio", "[::1]", "10.0.0.7"]).allow_host[1] == "studio"
+
+
+def test_no_size_that_cannot_work_is_suggested() -> None:
+    with pytest.raises(ConfigError) as caught:
+        ServeConfig(max_upload="-1")
+    assert "such as 0" not in str(caught.value)
 
 
 @pytest.mark.parametrize("storage", ["", "file:///folder", "s3://bucket/prefix", "memory:"])

@@ -55,7 +55,7 @@ def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path: Path) 
 
 def test_a_place_that_cannot_hold_it_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match="cannot hold files on their way: Not a directory"):
+    with pytest.raises(ConfigError, match="cannot hold files on their way: Not a directory.*XDG_CACHE_HOME"):
         Spool(tmp_path / "file" / "below")
 
 

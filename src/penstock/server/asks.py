@@ -20,9 +20,9 @@ import msgspec
 from penstock.config import suggestion
 from penstock.errors import RequestError
 from penstock.request import GenerationRequest
-from penstock.server.failures import ApiError, invalid
+from penstock.server.failures import MOST_NAME, ApiError, invalid
 from penstock.server.pipeline import Pipeline, seconds_of
-from penstock.server.schemas import ADVICE, Ask, ImageAsk, VariationAsk, VideoAsk
+from penstock.server.schemas import ADVICE_ELSEWHERE, MOST_IMAGES, Ask, ImageAsk, VariationAsk, VideoAsk
 from penstock.server.settings import ServeConfig
 from penstock.wire import FileFormat, Lora
 
@@ -65,7 +65,9 @@ def check_model(asked: str | None, names: list[str]) -> None:
         ApiError: 404.
     """
     if asked and asked not in names:
-        message = f"there is no model {asked[:80]!r} here. This server has {names[0]!r}; leave the field out to use it."
+        message = (
+            f"there is no model {asked[:MOST_NAME]!r} here. This server has {names[0]!r}; leave it out to use that."
+        )
         raise ApiError(404, message, code="model_not_found", param="model")
 
 
@@ -122,8 +124,9 @@ def wanted(ask: Ask, pipeline: Pipeline, settings: ServeConfig, pictures: Mappin
 
 def _count(ask: Ask, settings: ServeConfig) -> int:
     count = ask.n or 1 if isinstance(ask, ImageAsk) else 1
-    if count > settings.max_images:
-        raise invalid("n", f"n={count} is more than this server makes at once. The most is {settings.max_images}.")
+    most = min(settings.max_images, MOST_IMAGES)
+    if count > most:
+        raise invalid("n", f"n={str(count)[:MOST_NAME]} is more than this server makes at once. The most is {most}.")
     return count
 
 
@@ -210,8 +213,10 @@ def _check_names(ask: Ask, pipeline: Pipeline) -> None:
         if name in _RATES and isinstance(ask, VideoAsk):
             raise invalid(name, f"{name} is called fps here. Give that.", code="unknown_parameter")
         if not pipeline.takes(name):
-            advice = f"{name!r} is no field here. {ADVICE[name]}." if name in ADVICE else pipeline.unknown(name, fields)
-            raise invalid(name[:80], advice, code="unknown_parameter")
+            said = pipeline.unknown(name[:MOST_NAME], fields)
+            if name in ADVICE_ELSEWHERE:
+                said = f"{name!r} is no field here. {ADVICE_ELSEWHERE[name]}."
+            raise invalid(name, said, code="unknown_parameter")
         if name in pipeline.pictures:
             said = "a picture, and comes as a file of the form, or in JSON as a data: URL"
             raise invalid(name, f"{name!r} is {said} where this endpoint takes pictures.")

@@ -28,6 +28,10 @@ RANKS_RETRY_S = 5
 LONGEST_RETRY_S = 60
 """What the official client obeys; of longer times it takes no notice, and asks again at once."""
 
+MOST_NAME = 80
+"""Characters of a name that a client made up, in what it is told."""
+_MOST_MESSAGE = 4000
+
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 _CODES = {
     404: "not_found",
@@ -60,9 +64,9 @@ class ApiError(Exception):
 
     Attributes:
         status: of HTTP.
-        message: for the user: what happened, why, what to do.
+        message: for the user: what happened, why, what to do; the name of the field in it is cut like `param`.
         code: for programs.
-        param: the field at fault, where one is known.
+        param: the field at fault, where one is known; 80 characters of it at most.
         retry_after_s: whole seconds after which the same request may work; None where it will not by itself.
         headers: further ones.
 
@@ -80,8 +84,12 @@ class ApiError(Exception):
         headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
+        if param is not None and len(param) > MOST_NAME:
+            for spelt, cut in ((repr(param), repr(param[:MOST_NAME])), (param, param[:MOST_NAME])):
+                message = message.replace(spelt, cut)
+            param = param[:MOST_NAME]
         self.status = status
-        self.message = message
+        self.message = message[:_MOST_MESSAGE]
         self.code = code
         self.param = param
         self.retry_after_s = retry_after_s
@@ -147,6 +155,8 @@ def from_validation(errors: Sequence[Any], advice: Mapping[str, str] | None = No
     said = said[:1].lower() + said[1:]
     given = first.get("input")
     shown = "" if isinstance(given, (dict, list)) or given is None else f" (it is {str(given)[:80]!r})"
+    if first["type"] == "extra_forbidden":
+        return invalid(param, f"{param} is no field here. Leave it out.", code="unknown_parameter")
     todo = (advice or {}).get(place[0] if place else "", "Correct it, or leave it out")
     return invalid(param, f"{param or 'the request'}: {said}{shown}. {todo}.")
 
@@ -170,10 +180,11 @@ async def _http_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     message, headers = str(error.detail), dict(error.headers or {})
     if error.status_code == 404 and message == "Not Found":
-        message = f"there is no {request.url.path}. What there is, /openapi.json lists."
+        message = f"there is no {request.url.path[:MOST_NAME]}. What there is, /openapi.json lists."
     if error.status_code == 405:
         headers = {"allow": ", ".join(allowed_methods(request))}
-        message = f"{request.url.path} does not take {request.method}. It takes {headers['allow']}."
+        path, method = request.url.path[:MOST_NAME], request.method[:MOST_NAME]
+        message = f"{path} does not take {method}. It takes {headers['allow']}."
     return ApiError(error.status_code, message, headers=headers).response()
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from fastapi import APIRouter, Request
 
 from penstock.server.asks import adapters, check_model
+from penstock.server.failures import ApiError
 from penstock.server.openapi import errors
 from penstock.server.schemas import ModelAnswer, ModelPage
 from penstock.server.service import Service, service_of
@@ -26,6 +27,8 @@ async def list_models(request: Request) -> ModelPage:
 async def retrieve(request: Request, model_id: str) -> ModelAnswer:
     """A model by its name, in which slashes may stay as they are."""
     service = service_of(request)
+    if not model_id:
+        raise ApiError(404, "no model is named. /v1/models lists what there is.", code="model_not_found", param="model")
     check_model(model_id, service.names)
     return _answer(service, model_id)
 

@@ -58,7 +58,7 @@ async def pictures_of(
         if argument is None or (argument == "image" and not pipeline.accepts_image):
             known = ", ".join(pipeline.pictures) or "none"
             message = f"{pipeline.name} takes no picture {name!r}. The pictures that it takes: {known}."
-            raise invalid(name[:80], message, code="unsupported_by_model")
+            raise invalid(name, message, code="unsupported_by_model")
         if len(sources) > 1 and not (argument == "image" and pipeline.accepts_several_images):
             raise invalid(name, f"{len(sources)} pictures came as {name}, and {pipeline.name} takes one. Send one.")
         if argument in pictures:
@@ -90,7 +90,7 @@ def _sources(body: Body, pipeline: Pipeline, taken: Taken) -> dict[str, list[Any
             sources.setdefault(_OTHER_NAMES.get(name, name), []).extend(_addresses(name, value))
     for name, given in sources.items():
         if len(given) > _MOST_PICTURES:
-            raise invalid(name[:80], f"{len(given)} pictures came as {name[:80]}. Send at most {_MOST_PICTURES}.")
+            raise invalid(name, f"{len(given)} pictures came as {name}. Send at most {_MOST_PICTURES}.")
     return sources
 
 

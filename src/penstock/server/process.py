@@ -23,6 +23,7 @@ import uvicorn
 
 from penstock.errors import ConfigError, PenstockError
 from penstock.server.app import create_app
+from penstock.server.connections import AT_ONCE, QUEUED, Complaints, Connection, raise_limit
 from penstock.server.endings import fail_lost
 from penstock.server.failures import STOPPING_RETRY_S
 from penstock.server.files import Files
@@ -36,7 +37,6 @@ from penstock.server.store import Store
 if TYPE_CHECKING:
     from penstock.engine.engine import Engine
 
-_BACKLOG = 2048
 _GRACE_S = 10
 _KEEP_ALIVE_S = 75
 _DEFAULT_NAME = "penstock"
@@ -72,6 +72,7 @@ def run(
     with ExitStack() as stack:
         stack.callback(engine.close)
         check_binding(settings.host, bool(settings.api_key), settings.no_auth)
+        raise_limit()
         listener = stack.enter_context(bind(settings.host, settings.port))
         stack.enter_context(logging_to(log_format=settings.log_format))
         name = server_name(settings, listener.getsockname()[1])
@@ -112,6 +113,8 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
+                http=Connection,
+                backlog=AT_ONCE,
                 log_config=None,
                 access_log=False,
                 server_header=False,
@@ -129,12 +132,15 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Begin to listen while the model is loaded: `/health` tells how far it is."""
+        asyncio.get_running_loop().set_exception_handler(Complaints())
         with suppress(SystemExit):  # uvicorn's word for a lifespan that failed, which it has logged
             await super().startup(sockets)
         if not self.started:
             self.problem = self._jobs.problem or PenstockError("the server could not begin. Its log says why.")
             self.should_exit = True
             return
+        for listener in sockets or ():
+            listener.listen(QUEUED)  # uvicorn has one number for this and for how many are taken at once
         self._say(f"listening at {self._address}; the model is being loaded")
         threading.Thread(target=self._await_engine, name="penstock-ready", daemon=True).start()
 
@@ -184,7 +190,7 @@ def bind(host: str, port: int) -> socket.socket:
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-        listener.listen(_BACKLOG)
+        listener.listen(QUEUED)
     except OSError as error:
         listener.close()
         raise ConfigError(

@@ -28,9 +28,12 @@ ADVICE = {
     "output_format": "Give png, jpeg or webp",
     "size": "Give WIDTHxHEIGHT, such as 1024x768, or auto",
     "seconds": 'Give a text such as "4"',
-    "n": "Ask several times for several videos",
 }
-"""What to do instead, by field."""
+"""What to do instead of a value that cannot be, by field."""
+ADVICE_ELSEWHERE = {name: ADVICE[name] for name in ("quality", "style")}
+"""What to do instead of a field that an endpoint does not have."""
+MOST_IMAGES = 1000
+"""Of one request, whatever the server's own most is: their seeds must be numbers that a seed can be."""
 
 
 def _no_nul(text: str) -> str:
@@ -73,7 +76,9 @@ class Ask(BaseModel):
     width: int | None = Field(default=None, ge=1, lt=10**6, description="Pixels, in place of size.")
     height: int | None = Field(default=None, ge=1, lt=10**6, description="Pixels, in place of size.")
     num_inference_steps: int | None = Field(default=None, ge=1, lt=10**6, description="Denoising steps.")
-    seed: int | None = Field(default=None, ge=0, le=MAX_SEED - 1000, description="Of the first; drawn where left out.")
+    seed: int | None = Field(
+        default=None, ge=0, le=MAX_SEED - MOST_IMAGES, description="Of the first; drawn where left out."
+    )
     lora: Annotated[list[LoraAsk] | None, BeforeValidator(_listed)] = Field(
         default=None, max_length=8, description="Adapters of the server's --lora-dir to use."
     )
@@ -84,7 +89,7 @@ class Ask(BaseModel):
 class ImageAsk(Ask):
     """A request for pictures. Further fields are arguments of the pipeline."""
 
-    n: int | None = Field(default=None, ge=1, le=1000, description="How many; number i has seed `seed + i`.")
+    n: int | None = Field(default=None, ge=1, description="How many; number i has seed `seed + i`.")
     quality: Literal["auto"] | None = Field(default=None, description="Only auto: give num_inference_steps instead.")
     background: Literal["auto", "opaque"] | None = Field(default=None, description="Pictures here are opaque.")
     moderation: Literal["auto", "low"] | None = Field(default=None, description="Nothing is moderated here.")
@@ -112,6 +117,13 @@ def _seconds(value: Any) -> Any:
     return str(value)
 
 
+def _one(value: Any) -> Any:
+    """Clients that know only n=1 may say so."""
+    if value not in (1, "1", None):
+        raise ValueError("one video is made by a request: ask several times for several")
+    return value
+
+
 class VideoAsk(Ask):
     """A request for a video. Further fields are arguments of the pipeline."""
 
@@ -120,7 +132,7 @@ class VideoAsk(Ask):
     )
     num_frames: int | None = Field(default=None, ge=1, lt=10**6, description="In place of seconds.")
     fps: float | None = Field(default=None, ge=1, le=MAX_FRAME_RATE, description="Frames per second.")
-    n: Literal[1, "1"] | None = Field(default=None, description="One video is made.")
+    n: Annotated[Literal[1, "1"] | None, BeforeValidator(_one)] = Field(default=None, description="One video is made.")
 
     @field_validator("seconds")
     @classmethod

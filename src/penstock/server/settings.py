@@ -18,6 +18,7 @@ from penstock.request import is_whole
 LOG_FORMATS = ("text", "json")
 _STORAGES = ("file", "s3", "memory")
 _MOST_PORT = 2**16 - 1
+_HOST = re.compile(r"\[[0-9A-Fa-f:.]+\]|[^\[\]\s:/?#@\\,*]+")
 _MOST_SIZE = re.compile(r"([1-9][0-9]{0,6})x([1-9][0-9]{0,6})")
 
 
@@ -100,6 +101,8 @@ class ServeConfig:
                 raise ConfigError(f"{name}={getattr(self, name)} is no time. Give seconds above 0.")
         for name in ("max_upload", "max_storage"):
             parse_bytes(getattr(self, name), name)
+        if not self.upload_bytes:
+            raise ConfigError(f"max_upload={self.max_upload!r} lets no request in. Give a number above 0, as 64MiB.")
         if not _MOST_SIZE.fullmatch(self.max_pixels):
             raise ConfigError(f"max_pixels={self.max_pixels!r} is not WIDTHxHEIGHT. Try 4096x4096.")
         if self.log_format not in LOG_FORMATS:
@@ -113,6 +116,9 @@ class ServeConfig:
             raise ConfigError(f"lora_dir={self.lora_dir!r} is no folder. Give the one that holds the adapters.")
         for address in self.trusted_proxy:
             _check_network(address)
+        for host in self.allow_host:
+            if not _HOST.fullmatch(host):
+                raise ConfigError(f"allow_host={host!r} is no name of a host. Give one as example.org, without a port.")
         if any(not key.strip() or not (key.isascii() and key.isprintable()) for key in self.api_key):
             raise ConfigError("an API key is empty, or holds what no header can. Give printable ASCII text.")
 

@@ -44,7 +44,8 @@ class Spool:
                 os.close(guard)
         except OSError as error:
             raise ConfigError(
-                f"{root} cannot hold files on their way: {error.strerror}. Make it writable, or set TMPDIR to another."
+                f"{root} cannot hold files on their way: {error.strerror}. Make it writable, or set "
+                "XDG_CACHE_HOME to another folder."
             ) from error
 
     def close(self) -> None:
