@@ -317,6 +317,8 @@ class Jobs:
         noted_s = 0.0
         while True:
             event = await run.heard.get()
+            if run.is_over.is_set():
+                return  # it was given up: what comes now is the engine's own end
             if isinstance(event, Ended):
                 await self._end(run, event, is_recorded)
                 return
@@ -363,8 +365,8 @@ class Jobs:
         if is_recorded:
             await self._record(run.job)
         self._tell_log(run, ended)
-        self._leave(run)
         await self._clear(run)
+        self._leave(run)
 
     async def _record(self, job: Job) -> None:
         """Write how a job ended; where the database fails, again later: until then this server knows it by heart."""
