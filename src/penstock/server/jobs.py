@@ -317,11 +317,8 @@ class Jobs:
         noted_s = 0.0
         while True:
             event = await run.heard.get()
-            if run.is_over.is_set():
-                return  # it was given up: what comes now is the engine's own end
             if isinstance(event, Ended):
-                await self._end(run, event, is_recorded)
-                return
+                return await self._end(run, event, is_recorded)
             progress = run.advance(event)
             changes: dict[str, Any] = {} if progress is None else {"progress": progress}
             if isinstance(event, Began):
@@ -344,6 +341,8 @@ class Jobs:
             self._log.warning("progress could not be recorded", job=job_id, error=str(error))
 
     async def _end(self, run: Run, ended: Ended, is_recorded: bool) -> None:
+        if run.is_over.is_set():
+            return  # it was given up, for a reason of its own
         failure = ended.failure
         problems = [one for one in await asyncio.gather(*run.saving, return_exceptions=True) if one is not None]
         if failure is None and problems:
