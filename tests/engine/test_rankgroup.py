@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import pytest
 
 from penstock.config import LoadConfig, ParallelConfig
-from penstock.engine.rankgroup import RankGroup, WorkConfig, how_it_ended
+from penstock.engine.rankgroup import Rank, RankGroup, WorkConfig, how_it_ended
 
 WORK = WorkConfig(
     address="ipc:///nowhere", name="", model="demo", load=LoadConfig(), parallel=ParallelConfig(ulysses_degree=2)
@@ -114,30 +114,30 @@ def test_who_died_is_found_with_its_last_words(processes: type[Process]) -> None
     end(group)
 
 
-def test_what_was_printed_before_is_not_why_it_died(processes: type[Process]) -> None:
-    processes.script = "print('an order failed', flush=True); import time; time.sleep(100)"
+def talking(processes: type[Process], words: str) -> tuple[RankGroup, Rank]:
+    """A group, and its first rank, which has said something and goes on."""
+    processes.script = f"print({words!r}, flush=True); import time; time.sleep(100)"
     group = RankGroup(0, 1, WORK)
     group.start()
     rank = group.ranks[0]
     while not rank.tail():
         assert rank.process.poll() is None
+        time.sleep(0.01)
+    return group, rank
+
+
+def test_what_was_printed_before_is_not_why_it_died(processes: type[Process]) -> None:
+    group, rank = talking(processes, "an order failed")
     rank.process.terminate()
     rank.process.wait(10)
     assert how_it_ended(rank) == "rank 0 died (signal 15, Terminated): an order failed"
     rank.rest()
     assert how_it_ended(rank) == "rank 0 died (signal 15, Terminated)"
-    group.kill()
-    group.ranks[:] = []
     end(group)
 
 
 def test_who_is_killed_said_nothing_of_it(processes: type[Process]) -> None:
-    processes.script = "print('a warning', flush=True); import time; time.sleep(100)"
-    group = RankGroup(0, 1, WORK)
-    group.start()
-    rank = group.ranks[0]
-    while not rank.tail():
-        assert rank.process.poll() is None
+    group, rank = talking(processes, "a warning")
     rank.process.kill()
     rank.process.wait(10)
     assert how_it_ended(rank) == "rank 0 died (signal 9, Killed)"
