@@ -15,11 +15,12 @@ from pathlib import Path
 import httpx2
 import pytest
 
-from penstock.server import connections
+from penstock.server import connections, limits
 from penstock.server.connections import Complaints, raise_limit
 from tests.server.live import Live, serving
 from tests.server.test_process import process
 
+FILE_BYTES = 2**25
 HEAD = b"GET /health HTTP/1.1\r\nhost: 127.0.0.1\r\n"
 
 
@@ -79,6 +80,45 @@ def test_a_request_under_way_is_left_alone(live: Live) -> None:
         time.sleep(0.7)
         one.sendall(HEAD + b"connection: close\r\n\r\n")  # between two requests it is uvicorn that waits
         assert b"HTTP/1.1 200" in all_of(one)
+
+
+def test_a_body_that_stops_half_way_ends_its_connection(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "BODY_S", 0.2)
+    head = b"POST /v1/%s HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-length: 90\r\ncontent-type: %s\r\n\r\n"
+    begun_s = time.monotonic()
+    with sockets(live.url, 2) as (json, form):
+        json.sendall(head % (b"images/generations", b"application/json") + b'{"prompt"')
+        form.sendall(head % (b"images/edits", b"multipart/form-data; boundary=x") + b"--x\r\n")
+        for one in (json, form):
+            answer = all_of(one)
+            assert answer.startswith(b"HTTP/1.1 408") and b"body_timeout" in answer
+    assert time.monotonic() - begun_s < 8  # nobody waits for the rest
+
+
+@pytest.fixture
+def download(live: Live) -> bytes:
+    """A request for a file that is more than what the system keeps on the way."""
+    (live.spool.parent / "files" / f"{'a' * 32}.mp4").write_bytes(bytes(FILE_BYTES))
+    return b"GET /v1/files/%s.mp4 HTTP/1.1\r\nhost: 127.0.0.1\r\nconnection: close\r\n\r\n" % (b"a" * 32)
+
+
+def test_an_answer_that_nobody_reads_is_given_up(live: Live, download: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "READ_S", 0.3)
+    with sockets(live.url, 1) as (one,):
+        one.sendall(download)
+        time.sleep(1.5)
+        assert len(all_of(one)) < FILE_BYTES
+
+
+def test_a_slow_reader_gets_all(live: Live, download: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "READ_S", 1.0)
+    num_bytes, begun_s = 0, time.monotonic()
+    with sockets(live.url, 1) as (one,):
+        one.sendall(download)
+        while part := one.recv(2**20):
+            num_bytes += len(part)
+            time.sleep(0.05)
+    assert num_bytes > FILE_BYTES and time.monotonic() - begun_s > 1.0
 
 
 def test_what_is_no_http_is_answered_in_the_envelope(live: Live) -> None:

@@ -72,7 +72,15 @@ def test_silence_is_filled_with_comments(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(events, "KEEP_ALIVE_S", 0.02)
 
     async def main() -> list[str]:
-        return await Client().read(some(("a", {}), then=0.2))
+        client = Client()
+
+        async def silent() -> AsyncIterator[Event]:
+            yield "a", {}
+            async with asyncio.timeout(20):
+                while client.got.count(b": keep-alive") < 2:
+                    await asyncio.sleep(0.01)
+
+        return await client.read(silent())
 
     blocks = asyncio.run(main())
     assert blocks.count(": keep-alive") >= 2 and blocks[1] == "event: a\ndata: {}"

@@ -114,6 +114,43 @@ def test_an_engine_that_has_failed_for_good_ends_its_jobs_and_the_server(
     assert "no ranks run any more" in str(bench.jobs.problem)
 
 
+@pytest.mark.parametrize("is_saving", [False, True])
+def test_a_job_that_was_given_up_keeps_its_reason(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, is_saving: bool
+) -> None:
+    put = bench.files.put
+
+    async def main() -> Run:
+        saving, going_on = asyncio.Event(), asyncio.Event()
+        upkeep = asyncio.all_tasks()
+
+        async def slow(path: Path, media_type: str) -> str:
+            name = await put(path, media_type)
+            saving.set()
+            await going_on.wait()
+            return name
+
+        monkeypatch.setattr(bench.files, "put", slow)
+        bench.engine.gate.clear()
+        run = await bench.begin()
+        if is_saving:
+            bench.engine.gate.set()
+            await saving.wait()
+        bench.jobs._give_up(run, Failure(code="rank_died", message="no ranks run any more."))
+        while Path(run.order.folder).exists():
+            await asyncio.sleep(0.01)
+        Path(run.order.folder).mkdir()
+        bench.engine.gate.set()  # and now it ends as if nothing had been
+        going_on.set()
+        await asyncio.wait(asyncio.all_tasks() - upkeep, timeout=20)
+        return run
+
+    run = go(bench, main)
+    record = bench.store.get(run.job.id)
+    assert record is not None and (record.status, record.error_code) == ("failed", "rank_died") and record == run.job
+    assert bench.kept() == []
+
+
 def test_a_defect_in_following_ends_the_job(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(self: Run, event: object) -> None:
         raise ZeroDivisionError

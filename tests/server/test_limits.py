@@ -79,12 +79,76 @@ def test_a_request_without_a_body_is_not_waited_for() -> None:
     assert exchange.go(reads_nothing) == 401 and len(exchange.sent) == 2
 
 
+async def never() -> Any:
+    await asyncio.sleep(3600)
+
+
+def test_a_body_that_stops_half_way_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "BODY_S", 0.05)
+    exchange = Exchange(headers={"content-length": "90"})
+    parts = [b"x" * 30, b"y" * 30]
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": parts.pop(0), "more_body": True} if parts else await never()
+
+    exchange.receive = receive  # type: ignore[method-assign]
+    with pytest.raises(limits.ApiError, match="nothing more of the body came for 0.05 s, after 60 bytes") as caught:
+        exchange.go(reads_all)
+    assert caught.value.status == 408 and caught.value.headers == {"connection": "close"}
+
+
+def test_whoever_waits_for_an_answer_is_not_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "BODY_S", 0.02)
+
+    async def waits(scope: Any, receive: Any, send: Any) -> None:
+        assert (await receive())["body"] == b"x"
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(receive(), 0.1)  # whether the client has left
+        await reads_nothing(scope, receive, send)
+
+    exchange = Exchange(b"x", headers={"content-length": "1"})
+    first = exchange.receive
+
+    async def receive() -> Any:
+        return await (first() if exchange.chunks else never())
+
+    exchange.receive = receive  # type: ignore[method-assign]
+    assert exchange.go(waits) == 401
+
+
+def test_half_sent_bodies_share_a_room() -> None:
+    async def main() -> list[Any]:
+        going_on = asyncio.Event()
+        limit = BodyLimit(reads_all, num_bytes=100, text="100B")
+
+        async def ask(num_bytes: int) -> int | str:
+            exchange = Exchange(b"x" * num_bytes, b"y", headers={"transfer-encoding": "chunked"})
+            chunks = exchange.receive
+
+            async def receive() -> Any:
+                if len(exchange.chunks) == 1:
+                    await going_on.wait()
+                return await chunks()
+
+            try:
+                await limit(exchange.scope, receive, exchange.send)
+            except limits.ApiError as error:
+                return str(error.code)
+            return int(exchange.sent[0]["status"])
+
+        held = [asyncio.create_task(ask(99)) for _ in range(4)]
+        await asyncio.sleep(0.01)
+        crowded, small = await ask(5), asyncio.create_task(ask(4))
+        await asyncio.sleep(0.01)
+        going_on.set()
+        answers = [crowded, await small, *[await one for one in held]]
+        return [*answers, *[await ask(99) for _ in range(5)]]  # the room is free again
+
+    assert asyncio.run(main()) == ["bodies_at_once", *[200] * 10]
+
+
 def test_a_client_that_goes_on_for_ever_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "LINGER_S", 0.05)
     exchange = Exchange(b"x", headers={"content-length": "90"})
-
-    async def never() -> Any:
-        await asyncio.sleep(3600)
-
     exchange.receive = never  # type: ignore[method-assign]
     assert exchange.go(reads_nothing) == 401 and len(exchange.sent) == 3

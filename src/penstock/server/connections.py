@@ -1,6 +1,7 @@
-"""Connections: how many there may be, how long one may be silent, and what is said where no more can be had.
+"""Connections: how many there may be, how long one may be silent or leave its answer, and what is said where no more
+can be had.
 
-Owns what happens to a connection before a request begins on it and between two of them. Does not know routes or jobs.
+Owns what happens to a connection outside of its requests. Does not know routes or jobs.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from penstock.server.failures import envelope
 
 HEAD_S = 30.0
 """Seconds in which the head of a request must have come, from when it is waited for."""
+READ_S = 120.0
+"""Seconds in which a client must have read on, where more waits for it than the system keeps on the way."""
 AT_ONCE = 64
 """Connections taken in one turn of the loop; where it has no descriptor, asyncio fails as often in a turn."""
 QUEUED = 2048
@@ -37,9 +40,10 @@ def raise_limit() -> None:
 
 
 class Connection(H11Protocol):
-    """uvicorn's; closed where the head of a request does not come, and answered in the envelope where it is no HTTP."""
+    """uvicorn's; closed where no head comes or no answer is read; what is no HTTP is answered in the envelope."""
 
     _timer: asyncio.TimerHandle | None = None
+    _reader: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin to wait for a request."""
@@ -49,6 +53,7 @@ class Connection(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Wait no more."""
         self._unwatch()
+        self._unwatch_reader()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -58,6 +63,17 @@ class Connection(H11Protocol):
             self._watch()
         else:
             self._unwatch()
+
+    def pause_writing(self) -> None:
+        """Begin to wait for the client to read: what it does not take stays in memory."""
+        super().pause_writing()
+        if self._reader is None:
+            self._reader = self.loop.call_later(READ_S, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """It has read on."""
+        self._unwatch_reader()
+        super().resume_writing()
 
     def send_400_response(self, msg: str) -> None:
         """Answer what is no HTTP, where no other answer has begun."""
@@ -80,6 +96,11 @@ class Connection(H11Protocol):
     def _watch(self) -> None:
         if self._timer is None and not self.transport.is_closing():
             self._timer = self.loop.call_later(HEAD_S, self.transport.close)
+
+    def _unwatch_reader(self) -> None:
+        if self._reader is not None:
+            self._reader.cancel()
+            self._reader = None
 
     def _unwatch(self) -> None:
         if self._timer is not None:

@@ -33,7 +33,7 @@ Name = Literal["image_generation", "image_edit"]
 CLIENT_LEFT = 499
 _ANSWERS: dict[int | str, Any] = {
     200: {"description": "The pictures, or events where stream is true.", "content": STREAM, "headers": JOB_ID},
-    **errors(400, 404, 409, 413, 415, 429, 500, 503, 507),
+    **errors(400, 404, 408, 409, 413, 415, 429, 500, 503, 507),
 }
 
 

@@ -319,6 +319,8 @@ class Jobs:
             event = await run.heard.get()
             if isinstance(event, Ended):
                 return await self._end(run, event, is_recorded)
+            if run.is_over.is_set():
+                continue  # it was given up, and is at its end
             progress = run.advance(event)
             changes: dict[str, Any] = {} if progress is None else {"progress": progress}
             if isinstance(event, Began):
@@ -341,15 +343,13 @@ class Jobs:
             self._log.warning("progress could not be recorded", job=job_id, error=str(error))
 
     async def _end(self, run: Run, ended: Ended, is_recorded: bool) -> None:
-        if run.is_over.is_set():
-            return  # it was given up, for a reason of its own
-        failure = ended.failure
         problems = [one for one in await asyncio.gather(*run.saving, return_exceptions=True) if one is not None]
+        if run.is_over.is_set():  # it was given up, for a reason of its own
+            return await self._keeping.discard(run.kept)
+        failure = ended.failure
         if failure is None and problems:
             self._log.error("files could not be kept", job=run.job.id, exc_info=problems[0])
-            message = (
-                "it was made, and the server's storage did not take its files. Try again; its log says what is wrong."
-            )
+            message = "it was made, and the storage did not take its files. Try again; the server's log says why."
             failure = Failure(code="storage_failed", message=message)
         if failure is None and not is_recorded:
             failure = Failure(code="storage_failed", message="it could not be recorded, so it was given up. Try again.")

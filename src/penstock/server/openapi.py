@@ -45,6 +45,7 @@ _WORDS = {
     403: "A page of another site asks a server without keys.",
     404: "No such model, job or file.",
     405: "Not a method of this route.",
+    408: "The body stopped half-way.",
     409: "The job is not in the state for this.",
     413: "More than this server takes or makes; the message names the most.",
     415: "The body is of another type.",

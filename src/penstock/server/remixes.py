@@ -27,7 +27,7 @@ from penstock.server.videos import require_completed
 
 router = APIRouter(prefix="/v1/videos", tags=["videos"])
 
-_MADE = errors(400, 404, 409, 413, 415, 429, 501, 503, 507)
+_MADE = errors(400, 404, 408, 409, 413, 415, 429, 501, 503, 507)
 _CHUNK_BYTES = 2**20
 _RIVALS = {"size": ("width", "height"), "seconds": ("num_frames",), "num_frames": ("seconds",)}
 

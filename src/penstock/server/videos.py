@@ -27,7 +27,7 @@ router = APIRouter(prefix="/v1/videos", tags=["videos"])
 
 MOST_LISTED = 100
 TAKEN = Taken(fields={"input_reference": "image"})
-_MADE = errors(400, 404, 409, 413, 415, 429, 503, 507)
+_MADE = errors(400, 404, 408, 409, 413, 415, 429, 503, 507)
 
 After = Annotated[str | None, Query(max_length=100, description="Id of the last one of the page before.")]
 Limit = Annotated[int, Query(ge=1, le=MOST_LISTED, description="Most of a page.")]
