@@ -39,8 +39,13 @@ class MisfitError(ValueError):
 
 def type_hints(pipeline_class: type) -> dict[str, Any]:
     """The annotations of a pipeline's `__call__`; those that cannot be resolved are left out with all others."""
+    return dict(_hints(inspect.unwrap(pipeline_class.__call__)))
+
+
+@functools.lru_cache(64)
+def _hints(call: Callable[..., Any]) -> dict[str, Any]:
     try:
-        return typing.get_type_hints(inspect.unwrap(pipeline_class.__call__))
+        return typing.get_type_hints(call)
     except (NameError, TypeError):  # a hint that names something imported for type checkers only
         return {}
 

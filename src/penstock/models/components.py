@@ -6,9 +6,10 @@ attributes) and the choice of roles. Does not know bytes, files or blocks.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -194,11 +195,21 @@ def _is_denoiser(value: object) -> bool:
 
 
 def _is_stepped(module: nn.Module) -> bool:
-    return bool(_TIME_ARGUMENTS & set(inspect.signature(module.forward).parameters))
+    return bool(_TIME_ARGUMENTS & _forward_arguments(module))
+
+
+def _forward_arguments(module: nn.Module) -> frozenset[str]:
+    own = vars(module).get("forward")  # some libraries put one of theirs on the instance
+    return _arguments(type(module).forward) if own is None else frozenset(inspect.signature(own).parameters)
+
+
+@functools.lru_cache(256)
+def _arguments(function: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)
 
 
 def _role_by_structure(module: nn.Module) -> tuple[Role, Fact]:
-    arguments = set(inspect.signature(module.forward).parameters)
+    arguments = _forward_arguments(module)
     if callable(getattr(module, "decode", None)):
         return "vae", Fact(origin="structure", detail="has a decode method")
     if _is_stepped(module):

@@ -5,9 +5,11 @@ Owns the facts about arguments, picture sizes, frame rates and kinds of output. 
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 import math
+from collections.abc import Callable
 from typing import Any
 
 from diffusers.utils.outputs import BaseOutput
@@ -54,7 +56,12 @@ _DEFAULT_FRAME_RATE = 16.0
 
 def call_parameters(pipeline_class: type) -> dict[str, inspect.Parameter]:
     """The named parameters of a pipeline's `__call__`, without `self`."""
-    parameters = list(inspect.signature(pipeline_class.__call__).parameters.values())[1:]
+    return dict(_parameters(pipeline_class.__call__))
+
+
+@functools.lru_cache(64)
+def _parameters(call: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    parameters = list(inspect.signature(call).parameters.values())[1:]
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     return {parameter.name: parameter for parameter in parameters if parameter.kind in named}
 

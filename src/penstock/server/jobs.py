@@ -361,10 +361,9 @@ class Jobs:
         values = ending(run, failure, ended, self._settings.ttl_s)
         run.job = replace(run.job, **values)
         self._num_stages = max(self._num_stages, run.num_stages)
-        if is_recorded:
-            await self._record(run.job)
+        recording = [self._record(run.job)] if is_recorded else []
+        await asyncio.gather(*recording, self._clear(run))
         self._tell_log(run, ended)
-        await self._clear(run)
         self._leave(run)
 
     async def _record(self, job: Job) -> None:

@@ -5,6 +5,7 @@ Owns the way of a file from a run's folder to its name in the storage. Does not 
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import time
 from collections.abc import Iterable
@@ -60,8 +61,19 @@ class Keeping:
             StoreError: where the database, which is told of each file, fails.
         """
         begun_s = time.monotonic()
+        encoding = asyncio.create_task(self._encode(run, made))
+        try:
+            await self._put(run, made)
+        finally:
+            await encoding
+        self._metrics.keep_s.observe(time.monotonic() - begun_s)
+        run.tell({"type": "kept", "item": made.item})
+
+    async def _encode(self, run: Run, made: MadeFile) -> None:
         if run.wants_contents:
             run.contents[made.item] = await CODING.run(_base64, made.path)
+
+    async def _put(self, run: Run, made: MadeFile) -> None:
         facts = {name: getattr(made, name) for name in _FACTS if getattr(made, name) is not None}
         places = [("result", made.path, made.media_type), ("thumbnail", made.thumbnail, _SMALL)]
         for role, path, media_type in [*places, ("spritesheet", made.spritesheet, _SMALL)]:
@@ -71,8 +83,6 @@ class Keeping:
             name = await self._files.put(Path(path), media_type)
             file = JobFile(name=name, role=role, media_type=media_type, num_bytes=num_bytes, item=made.item)
             run.kept.append(replace(file, seed=made.seed, facts=facts) if role == "result" else file)
-        self._metrics.keep_s.observe(time.monotonic() - begun_s)
-        run.tell({"type": "kept", "item": made.item})
 
     async def remove(self, files: Iterable[JobFile]) -> None:
         """Remove files.
