@@ -28,7 +28,8 @@ def test_demo_is_described_in_plain_values() -> None:
 @pytest.mark.parametrize(
     ("name", "wanted"),
     [
-        ("flux_img2img", {"kind": "image", "accepts_image": True, "accepts_several_images": True}),
+        ("flux_img2img", {"kind": "image", "accepts_image": True, "accepts_several_images": False}),
+        ("flux2", {"kind": "image", "accepts_image": True, "accepts_several_images": True}),
         ("wan21", {"kind": "video", "frames_argument": "num_frames", "default_frame_rate": 16.0, "frame_multiple": 4}),
         ("ltx2", {"kind": "video", "frames_argument": "num_frames"}),
         ("stable_audio", {"kind": "audio", "frames_argument": None, "default_frame_rate": None}),

@@ -29,22 +29,28 @@ def http(live: Live) -> Iterator[httpx2.Client]:
         yield client
 
 
-def events(http: httpx2.Client, job_id: str) -> list[tuple[str, dict[str, Any]]]:
-    found = []
+Hear = Callable[[str, dict[str, Any]], None]
+
+
+def events(http: httpx2.Client, job_id: str, hear: Hear = lambda name, data: None) -> list[tuple[str, dict[str, Any]]]:
+    """All events of a job; each is heard as it comes."""
+    found: list[tuple[str, dict[str, Any]]] = []
     with http.stream("GET", f"/v1/jobs/{job_id}/events") as answer:
         assert answer.headers["content-type"].startswith("text/event-stream")
-        for block in "".join(answer.iter_text()).split("\n\n"):
-            if block.startswith("event: "):
-                name, data = block.split("\n", 1)
-                found.append((name.removeprefix("event: "), json.loads(data.removeprefix("data: "))))
+        name = ""
+        for line in answer.iter_lines():
+            if line.startswith("event: "):
+                name = line.removeprefix("event: ")
+            elif line.startswith("data: "):
+                found.append((name, json.loads(line.removeprefix("data: "))))
+                hear(*found[-1])
     return found
 
 
 def test_events_tell_the_real_steps(live: Live, http: httpx2.Client) -> None:
     live.engine.gate.clear()
-    threading.Timer(0.3, live.engine.gate.set).start()
     job_id = http.post("/v1/videos", json={"prompt": "x", "num_inference_steps": 6}).json()["id"]
-    found = events(http, job_id)
+    found = events(http, job_id, lambda name, data: live.engine.gate.set())
     steps = [data for name, data in found if name == "progress" and data["stage"] == "denoise" and data["step"]]
     assert [data["step"] for data in steps] == [1, 2, 3, 4, 5, 6] and {data["total"] for data in steps} == {6}
     progress = [data["progress"] for data in steps]
@@ -61,8 +67,7 @@ def test_a_queued_job_tells_its_place(live: Live, http: httpx2.Client) -> None:
     first, second = (http.post("/v1/videos", json={"prompt": name}).json()["id"] for name in ("1", "2"))
     while http.get(f"/v1/jobs/{first}").json()["status"] == "queued":
         time.sleep(0.01)
-    threading.Timer(0.2, live.engine.gate.set).start()
-    name, data = events(http, second)[0]
+    name, data = events(http, second, lambda name, data: live.engine.gate.set())[0]
     assert name == "queued" and data["position"] == 0 and data["estimated_start_s"] == 0.0
 
 
@@ -72,10 +77,14 @@ def test_a_queued_job_tells_of_every_place(live: Live, http: httpx2.Client, monk
     made = [http.post("/v1/videos", json={"prompt": str(number)}).json()["id"] for number in range(2)]
     before = [2]
     monkeypatch.setattr(live.engine, "position", lambda order_id: (before[0], 1.0))
-    for after_s in (0.3, 0.6):
-        threading.Timer(after_s, lambda: before.append(before.pop() - 1)).start()
-    threading.Timer(1.0, live.engine.gate.set).start()
-    assert [data["position"] for name, data in events(http, made[1]) if name == "queued"] == [2, 1, 0]
+
+    def hear(name: str, data: dict[str, Any]) -> None:
+        if data.get("position") == 0:
+            live.engine.gate.set()
+        before[0] -= before[0] > 0
+
+    found = events(http, made[1], hear)
+    assert [data["position"] for name, data in found if name == "queued"] == [2, 1, 0]
 
 
 def test_a_failed_job_ends_with_why(live: Live, http: httpx2.Client) -> None:
@@ -99,8 +108,7 @@ def test_partial_pictures_are_told_to_those_who_follow(tmp_path_factory: pytest.
         thread.start()
         while not (data := http.get("/v1/jobs").json()["data"]):
             time.sleep(0.01)
-        threading.Timer(0.2, live.engine.gate.set).start()
-        found = events(http, data[0]["id"])
+        found = events(http, data[0]["id"], lambda name, data: live.engine.gate.set())
         thread.join(20)
     partials = [data for name, data in found if name == "partial_image"]
     assert [(data["item"], data["partial_image_index"]) for data in partials] == [(0, 0), (0, 1)]

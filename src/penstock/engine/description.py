@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 from typing import Any
 
 import diffusers
@@ -22,6 +23,8 @@ from penstock.engine.values import type_hints, wants_picture
 from penstock.models.sizes import call_defaults, call_parameters, frame_multiple, frame_rate, output_kind, size_multiple
 
 _MASKS = ("mask_image", "mask")
+_REFERENCES = re.compile(r"Flux2|QwenImageEditPlus|QwenImage21|GlmImage|ZImageOmni|BriaFibo2|BriaFiboEdit")
+"""Source: how `__call__` of each reads a list, in diffusers 0.42."""
 
 
 def describe(prepared: Prepared) -> dict[str, Any]:
@@ -46,7 +49,7 @@ def describe(prepared: Prepared) -> dict[str, Any]:
         "parameters": _parameters(owner, notes.defaults),
         "accepts_image": "image" in takes,
         "accepts_mask": next((name for name in _MASKS if name in takes), None),
-        "accepts_several_images": "image" in takes and _takes_list(type_hints(owner).get("image")),
+        "accepts_several_images": "image" in takes and _takes_several(owner),
         "default_width": _whole(defaults.get("width")),
         "default_height": _whole(defaults.get("height")),
         "size_multiple": size_multiple(pipeline),
@@ -105,8 +108,11 @@ def _plain(default: Any) -> Any:
     return None if default is inspect.Parameter.empty else json.loads(json.dumps(default, default=repr))
 
 
-def _takes_list(hint: Any) -> bool:
-    return "list" in str(hint).lower()
+def _takes_several(owner: type) -> bool:
+    """Whether several pictures go into one; elsewhere in diffusers a list is one for each of several prompts."""
+    if owner.__module__.startswith("diffusers."):
+        return _REFERENCES.match(owner.__name__) is not None
+    return "list" in str(type_hints(owner).get("image")).lower()
 
 
 def _whole(value: Any) -> int | None:

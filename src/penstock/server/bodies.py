@@ -6,6 +6,7 @@ texts. Does not know which fields there are, or what is in a file.
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
@@ -95,9 +96,9 @@ async def _json(request: Request) -> dict[str, Any]:
     data = await request.body()
     try:
         if len(data) > _LARGE_JSON_BYTES:
-            values = await CODING.run(msgspec.json.decode, data)
+            values = await CODING.run(_decoded, data)
         else:
-            values = msgspec.json.decode(data)
+            values = _decoded(data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise invalid(None, f"the body is no JSON: {error}. Send an object of fields.", code="malformed_body") from None
     if _is_deeper(values, _DEEPEST):
@@ -107,6 +108,20 @@ async def _json(request: Request) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise invalid(None, "the body is JSON, and no object. Send an object of fields.", code="malformed_body")
     return values
+
+
+def _decoded(data: bytes) -> Any:
+    values = msgspec.json.decode(data)
+    json.loads(data, object_pairs_hook=_require_once, parse_int=str)  # of equal names msgspec drops all but the last
+    return values
+
+
+def _require_once(pairs: list[tuple[str, Any]]) -> None:
+    seen: set[str] = set()
+    for name, _ in pairs:
+        if name in seen:
+            raise invalid(name, f"{name} is given twice. Keep one.")
+        seen.add(name)
 
 
 def _is_deeper(value: Any, most: int) -> bool:
