@@ -48,6 +48,15 @@ def test_structure_alone_finds_roles_whatever_the_names() -> None:
     assert {component.fact.origin for component in discovery.components} == {"structure"}
 
 
+def test_a_forward_of_the_instance_counts() -> None:
+    pipeline, other = Pipeline(), Pipeline()
+    discover(other)  # what is known of the class is not what is true of each
+    forward = pipeline.gen_transformer.forward
+    pipeline.gen_transformer.forward = lambda input_ids: forward(input_ids, 0)
+    assert set(names(discover(pipeline), "encoder")) == {"gen_transformer", "mllm"}
+    assert names(discover(other), "denoiser") == ["gen_transformer"]
+
+
 def test_declarations_are_believed_first() -> None:
     discovery = discover(Declared())
     assert names(discovery, "denoiser") == ["gen_transformer", "mllm"]

@@ -199,8 +199,10 @@ def _is_stepped(module: nn.Module) -> bool:
 
 
 def _forward_arguments(module: nn.Module) -> frozenset[str]:
-    own = vars(module).get("forward")  # some libraries put one of theirs on the instance
-    return _arguments(type(module).forward) if own is None else frozenset(inspect.signature(own).parameters)
+    forward = getattr(type(module), "forward", None)
+    if "forward" in vars(module) or not inspect.isfunction(forward):  # a library's own, or a compiled one
+        return frozenset(inspect.signature(module.forward).parameters)
+    return _arguments(forward)
 
 
 @functools.lru_cache(256)
