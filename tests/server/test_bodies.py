@@ -82,10 +82,9 @@ def test_malformed_json(http: TestClient, data: bytes) -> None:
     assert answer.status_code == 400 and answer.json()["error"]["code"] == "malformed_body"
 
 
-@pytest.mark.parametrize("more", ["", "x" * 600_000])
-def test_names_that_come_twice(http: TestClient, more: str) -> None:
-    for data in ('{"seed": 1, "more": "%s", "seed": 2}', '{"more": "%s", "a": {"seed": [], "b": 1, "seed": []}}'):
-        answer = http.post("/any", content=data % more, headers={"content-type": "application/json"})
+def test_names_that_come_twice(http: TestClient) -> None:
+    for data in ('{"seed": 1, "more": 3, "seed": 2}', '{"more": 3, "a": {"seed": [], "b": 1, "seed": []}}'):
+        answer = http.post("/any", content=data, headers={"content-type": "application/json"})
         assert answer.status_code == 400
         assert answer.json()["error"]["param"] == "seed" and "given twice" in answer.json()["error"]["message"]
 

@@ -31,7 +31,7 @@ _MOST_FIELDS = 200
 _DEEPEST = 32
 _MOST_FILES = 32
 _MOST_FIELD_BYTES = 2**20
-_LARGE_JSON_BYTES = 2**18  # decoded in a thread from here on
+_LARGE_JSON_BYTES = 2**18  # decoded in a thread from here on; looking for equal names would stop all others for long
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,9 +96,10 @@ async def _json(request: Request) -> dict[str, Any]:
     data = await request.body()
     try:
         if len(data) > _LARGE_JSON_BYTES:
-            values = await CODING.run(_decoded, data)
+            values = await CODING.run(msgspec.json.decode, data)
         else:
-            values = _decoded(data)
+            values = msgspec.json.decode(data)
+            json.loads(data, object_pairs_hook=_require_once, parse_int=str)  # of equal names msgspec keeps the last
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise invalid(None, f"the body is no JSON: {error}. Send an object of fields.", code="malformed_body") from None
     if _is_deeper(values, _DEEPEST):
@@ -107,12 +108,6 @@ async def _json(request: Request) -> dict[str, Any]:
         )
     if not isinstance(values, dict):
         raise invalid(None, "the body is JSON, and no object. Send an object of fields.", code="malformed_body")
-    return values
-
-
-def _decoded(data: bytes) -> Any:
-    values = msgspec.json.decode(data)
-    json.loads(data, object_pairs_hook=_require_once, parse_int=str)  # of equal names msgspec drops all but the last
     return values
 
 
