@@ -67,7 +67,7 @@ def test_sync_that_nobody_waits_for_is_cancelled(live: Live, http: httpx2.Client
     live.engine.gate.clear()
     try:
         with pytest.raises(httpx2.ReadTimeout):
-            http.post("/v1/videos/sync", json={"prompt": "alone"}, timeout=0.5)
+            http.post("/v1/videos/sync", json={"prompt": "alone"}, timeout=1.5)
         newest = http.get("/v1/videos", params={"limit": 1}).json()["data"][0]
         assert newest["prompt"] == "alone" and done(http, newest["id"])["error"]["code"] == "cancelled"
     finally:
