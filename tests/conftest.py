@@ -14,10 +14,13 @@ os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="penstock-test-modules-
 import pytest
 import torch
 
+from penstock.distributed.launcher import end_with
 from tests import zoo
 from tests.turns import IS_THOROUGH
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of processes that tests start
+if "PYTEST_XDIST_WORKER" in os.environ:
+    end_with(os.getppid())  # a test that hangs would go on without the run that it is part of
 torch.set_num_threads(1)  # the tests are small; several threads only wait for each other on a busy machine
 
 

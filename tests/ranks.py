@@ -8,13 +8,11 @@ The function runs on every rank at once. Ranks fork from a server that has impor
 from __future__ import annotations
 
 import atexit
-import ctypes
 import faulthandler
 import multiprocessing
 import os
 import signal
 import socket
-import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -24,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from penstock.distributed.launcher import end_with
 
 _ROOT = str(Path(__file__).resolve().parents[1])
 _PRELOADED = [
@@ -38,7 +38,6 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (_ROOT, os.environ.get("
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(_PRELOADED)
 _TIMEOUT_S = 120.0
-_PR_SET_PDEATHSIG = 1
 _POOLS: dict[int, Pool] = {}
 
 
@@ -142,14 +141,18 @@ def _free_port() -> int:
 
 
 def _serve(end: Connection, rank: int, world_size: int, port: int) -> None:
+    end_with(
+        os.getppid()
+    )  # the server of forks, which ends with the tests' process; a rank that is stopped sees no end
+    tests = multiprocessing.parent_process()
+    if tests is None or not tests.is_alive():  # it ended before this rank was bound
+        os._exit(1)
     os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
     faulthandler.register(signal.SIGUSR1)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # one that is stopped sees no end of its pipe
     dist.init_process_group(
         "gloo",
         init_method=f"tcp://127.0.0.1:{port}",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shlex
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ from typer.testing import CliRunner
 
 from penstock.cli.app import app
 from penstock.server import process
+from tests import processes
 from tests.server.served import Served, served
 from tests.turns import by_turns
 
@@ -72,7 +72,7 @@ def test_command(page: str, line: str, tmp_path: Path, monkeypatch: pytest.Monke
     if arguments[0] == "serve":  # which would not end
         monkeypatch.setattr(process, "run", lambda *settings, **options: 0)
     if starts_ranks(line):
-        subprocess.run([sys.executable, "-m", "penstock", *arguments], check=True, timeout=300)
+        processes.run([sys.executable, "-m", "penstock", *arguments], check=True, timeout=300)
         return
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output

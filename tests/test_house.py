@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ast
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests import processes
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "penstock"
@@ -164,7 +165,7 @@ def test_every_source_has_its_test(path: Path) -> None:
 
 def test_importing_penstock_is_light() -> None:
     code = "import sys, penstock; print(sorted({'torch', 'diffusers', 'numpy', 'pydantic'} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = processes.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
 
@@ -177,11 +178,45 @@ def test_the_servers_process_needs_no_torch() -> None:
     code = (
         f"import sys, importlib; [importlib.import_module(name) for name in {names}]; print({HEAVY} & set(sys.modules))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = processes.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
 
 
 def test_help_needs_no_torch() -> None:
     code = "import sys, penstock.cli.app; print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = processes.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+STARTERS = {
+    "subprocess": {"Popen", "run", "call", "check_call", "check_output", "getoutput", "getstatusoutput"},
+    "os": {"fork", "forkpty", "system", "popen", "posix_spawn", "posix_spawnp", "spawnv", "spawnve", "spawnvp"},
+    "multiprocessing": {"Process", "Pool", "get_context", "Manager"},
+    "asyncio": {"create_subprocess_exec", "create_subprocess_shell"},
+}
+MAY_START = {"tests/processes.py", "tests/ranks.py"}
+
+
+def starts(tree: ast.AST) -> set[str]:
+    """What a file names that starts processes: as an attribute of its module, or imported from it."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            found.add((node.value.id, node.attr))
+        elif isinstance(node, ast.ImportFrom):
+            found.update((node.module or "", alias.name) for alias in node.names)
+    return {f"{module}.{name}" for module, name in found if name in STARTERS.get(module.partition(".")[0], ())}
+
+
+def test_processes_of_tests_are_started_in_one_place() -> None:
+    """There they are bound to the test; elsewhere one could outlive it."""
+    paths = [path for path in OTHER_SOURCES if relative(path).startswith("tests/")]
+    found = {relative(path): names for path in paths if (names := starts(ast.parse(path.read_text("utf-8"))))}
+    assert found.keys() == MAY_START, found
+
+
+@pytest.mark.parametrize(
+    "code", ["subprocess.run([])", "from subprocess import Popen", "class A(subprocess.Popen): ...", "os.fork()"]
+)
+def test_a_process_started_elsewhere_is_found(code: str) -> None:
+    assert starts(ast.parse(code)) and not starts(ast.parse("processes.run([]); subprocess.PIPE"))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 
 from penstock.errors import ConfigError
 from penstock.machine import Machine, read_machine
+from tests import processes
 
 GIB = 1024**3
 UNLIMITED_V1 = 9223372036854771712
@@ -239,7 +239,7 @@ def test_this_machine() -> None:
 
 def test_it_takes_no_torch_to_know_the_host() -> None:
     code = "import sys; from penstock.machine import read_machine; read_machine(); print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = processes.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 
 import pytest
 
 import penstock
+from tests import processes
 
 
 def test_every_public_name_resolves() -> None:
@@ -27,5 +27,5 @@ def test_unknown_name_is_an_attribute_error() -> None:
 
 
 def test_module_runs_as_a_command() -> None:
-    done = subprocess.run([sys.executable, "-m", "penstock", "--version"], capture_output=True, text=True, check=True)
+    done = processes.run([sys.executable, "-m", "penstock", "--version"], capture_output=True, text=True, check=True)
     assert done.stdout == f"penstock {penstock.__version__}\n"

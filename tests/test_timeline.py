@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import threading
 from collections import defaultdict
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 
 from penstock.timeline import Residence, Span, Timeline
+from tests import processes
 from tests.media.timelines import MIB, streamed
 
 
@@ -217,5 +217,5 @@ def test_names_in_any_script_survive() -> None:
 
 def test_needs_the_standard_library_alone() -> None:
     code = "import sys, penstock.timeline; print(sorted({'torch', 'numpy', 'matplotlib', 'PIL'} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = processes.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +17,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import nn
 
-from tests import zoo
+from tests import processes, zoo
 from tests.zoo import tokenizers
 
 WANTED = (
@@ -230,7 +229,7 @@ def test_half(name: str, load: Callable[..., DiffusionPipeline]) -> None:
 def test_processes() -> None:
     """Another process builds the very same weights, in any order."""
     code = "from tests import zoo, test_zoo\nprint(*(test_zoo.digest(zoo.build(name)) for name in reversed(zoo.NAMES)))"
-    done = subprocess.run(
+    done = processes.run(
         [sys.executable, "-c", code],
         cwd=Path(__file__).parents[1],
         env={**os.environ, "PYTHONHASHSEED": "7"},

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from typer.testing import CliRunner
 
 from penstock.cli.app import app
 from penstock.media.facts import read_facts
+from tests import processes
 
 SMALL = ("--size", "56x40", "--steps", "2")
 
@@ -199,9 +199,9 @@ def test_interrupted_after_some_pictures_tells_of_them(flux: Path, monkeypatch: 
     assert values["complete"] is False and len(values["outputs"]) == 2
 
 
-def penstock(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
+def penstock(*arguments: str, **options: object) -> processes.CompletedProcess[str]:
     command = [sys.executable, "-m", "penstock", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, **options)
+    return processes.run(command, capture_output=True, text=True, check=False, timeout=60, **options)
 
 
 @pytest.mark.parametrize(
@@ -223,7 +223,7 @@ def test_reader_that_has_gone_is_no_error(flux: Path) -> None:
     read, write = os.pipe()
     os.close(read)
     command = [sys.executable, "-m", "penstock", "inspect", str(flux)]
-    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, check=False, timeout=60)
+    done = processes.run(command, stdout=write, stderr=processes.PIPE, text=True, check=False, timeout=60)
     os.close(write)
     assert done.returncode == 1 and "Traceback" not in done.stderr
 
@@ -231,7 +231,7 @@ def test_reader_that_has_gone_is_no_error(flux: Path) -> None:
 def test_interrupt_from_the_first_moment_is_quiet(flux: Path) -> None:
     for delay_s in (0.15, 0.4, 0.45, 1.0):
         command = [sys.executable, "-m", "penstock", "generate", str(flux), "x", "--steps", "100000", "--size", "56x40"]
-        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        with processes.Process[str](command, stderr=processes.PIPE, text=True) as process:
             time.sleep(delay_s)
             process.send_signal(signal.SIGINT)
             _, err = process.communicate(timeout=30)
@@ -242,7 +242,7 @@ def test_interrupt_from_the_first_moment_is_quiet(flux: Path) -> None:
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
 def test_stopped_run_leaves_no_file(number: signal.Signals, code: int, flux: Path, elsewhere: Path) -> None:
     command = [sys.executable, "-m", "penstock", "generate", str(flux), "x", "--size", "56x40", "--steps", "100000"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    with processes.Process[str](command, stderr=processes.PIPE, stdout=processes.PIPE, text=True) as process:
         deadline = time.monotonic() + 60
         while "diffusion_pytorch_model" not in Path(f"/proc/{process.pid}/maps").read_text():
             assert time.monotonic() < deadline and process.poll() is None

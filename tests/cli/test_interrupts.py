@@ -3,12 +3,12 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import subprocess
 import sys
 
 import pytest
 
 from penstock.cli.interrupts import Dismissal, interruptible
+from tests import processes
 
 
 def test_interrupt_is_an_exception_where_files_are_made_and_handlers_are_put_back() -> None:
@@ -49,7 +49,7 @@ from penstock.cli.interrupts import leave_on_interrupt
 leave_on_interrupt()
 signal.raise_signal(signal.{name})
 """
-    done = subprocess.run(
+    done = processes.run(
         [sys.executable, "-c", code],
         env={**os.environ, "PENSTOCK_LAUNCHER": "1"},
         capture_output=True,
@@ -72,6 +72,6 @@ except BaseException:
     pass
 print("still here")
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=30)
+    done = processes.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=30)
     assert done.returncode == 130 and done.stdout == ""
     assert done.stderr == "interrupted; no unfinished file is left behind.\n"

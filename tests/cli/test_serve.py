@@ -6,7 +6,6 @@ import dataclasses
 import os
 import re
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from typer.testing import CliRunner
 from penstock.cli.app import app
 from penstock.cli.serve import KEYS_VARIABLE, with_keys
 from penstock.server.settings import ServeConfig
+from tests import processes
 
 
 @pytest.fixture
@@ -108,9 +108,9 @@ def test_a_launchers_rank_is_refused(started: dict[str, Any], monkeypatch: pytes
 def test_from_the_command_line_to_a_picture(tmp_path: Path) -> None:
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), KEYS_VARIABLE: "sk-ann"}
     command = [sys.executable, "-m", "penstock", "serve", "demo", "--port", "0"]
-    server = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
-    assert server.stderr is not None
-    try:
+    options = {"env": environment, "stderr": processes.PIPE, "text": True, "cwd": tmp_path}
+    with processes.Process[str](command, **options) as server:
+        assert server.stderr is not None
         lines = iter(server.stderr.readline, "")
         url = next(found[0] for line in lines if (found := re.search(r"ready at (http://\S+)", line))).split()[-1]
         with httpx2.Client(base_url=url, headers={"authorization": "Bearer sk-ann"}, timeout=120) as http:
@@ -122,7 +122,3 @@ def test_from_the_command_line_to_a_picture(tmp_path: Path) -> None:
             assert http.get(made.json()["data"][0]["url"]).content.startswith(b"\x89PNG")
         server.send_signal(signal.SIGTERM)
         assert server.wait(60) == 0
-    finally:
-        server.kill()
-        server.wait()
-        server.stderr.close()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 from typer.testing import CliRunner
 
 from penstock.cli.app import app
+from tests import processes
 
 SMALL = ("--size", "56x40", "--steps", "2")
 
@@ -60,7 +60,7 @@ def test_stages_make_the_same_picture(zoo_folder: Callable[[str], Path]) -> None
         "--json",
     )
     command = [sys.executable, "-m", "penstock", "verify", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=400)
+    done = processes.run(command, capture_output=True, text=True, check=False, timeout=400)
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
     assert told["passed"] is True and told["configuration"]["split"] == "pipeline(2)"
@@ -70,7 +70,7 @@ def test_stages_make_the_same_picture(zoo_folder: Callable[[str], Path]) -> None
 def test_tiles_on_two_ranks_are_compared_with_tiles_on_one() -> None:
     arguments = ("demo", "x", "--size", "96x80", "--steps", "2", "--device", "cpu", "--vae-patch-parallel-size", "2")
     command = [sys.executable, "-m", "penstock", "verify", *arguments, "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=400)
+    done = processes.run(command, capture_output=True, text=True, check=False, timeout=400)
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
     assert told["configuration"]["split"].endswith("tiles over 2 ranks")

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import os
 import socket
-import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
+
+from tests.processes import PIPE, Process
 
 PREAMBLE = """
 import os, signal, sys, time
 from datetime import timedelta
+from contextlib import ExitStack
 from pathlib import Path
+
+from tests.processes import PIPE, Process
 import torch
 import torch.distributed as dist
 from penstock.distributed.group import Group
@@ -41,7 +46,7 @@ QUICK = "watch = Watch(store, rank, world_size, poll_s=0.1, grace_s=0.5, patienc
 class Ended:
     """How a rank ended: its exit code, what it wrote, and how many seconds after all had met."""
 
-    def __init__(self, process: subprocess.Popen[str], met: Path) -> None:
+    def __init__(self, process: Process[str], met: Path) -> None:
         self.out, self.err = process.communicate(timeout=240)  # torch alone takes a minute where much runs
         assert met.exists(), self.err
         self.code, self.elapsed_s = process.returncode, time.time() - met.stat().st_mtime
@@ -53,20 +58,18 @@ def run(script: str, tmp_path: Path, num_ranks: int = 2) -> list[Ended]:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
     shared = {**os.environ, "WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "rank.py"],
-            env={**shared, "RANK": str(rank), "TORCH_CPP_LOG_LEVEL": "ERROR"},
-            cwd=tmp_path,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(num_ranks)
-    ]
-    try:
-        return [Ended(process, tmp_path / "met") for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.communicate()
+    with ExitStack() as stack:
+        ranks = [
+            stack.enter_context(
+                Process[str](
+                    [sys.executable, "rank.py"],
+                    env={**shared, "RANK": str(rank), "TORCH_CPP_LOG_LEVEL": "ERROR"},
+                    cwd=tmp_path,
+                    stdout=PIPE,
+                    stderr=PIPE,
+                    text=True,
+                )
+            )
+            for rank in range(num_ranks)
+        ]
+        return [Ended(rank, tmp_path / "met") for rank in ranks]

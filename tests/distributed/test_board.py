@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ import pytest
 import torch.distributed as dist
 
 from penstock.distributed.board import Board, Call, Failure, Place
+from tests import processes
 
 
 @pytest.fixture
@@ -81,8 +81,8 @@ def test_processes_that_have_gone_are_seen(boards: tuple[Board, Board], monkeypa
     writer.end(1)
     settle(writer)
     assert not reader.is_gone(1) and reader.has_ended(1)
-    process = subprocess.Popen([sys.executable, "-c", ""])
-    process.wait()
+    with processes.Process[bytes]([sys.executable, "-c", ""]) as process:
+        process.wait()
     monkeypatch.setattr(os, "getpid", lambda: process.pid)
     writer.move_in(0)
     settle(writer)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-import subprocess
 import sys
 from datetime import timedelta
 
@@ -13,6 +12,7 @@ import torch.distributed as dist
 
 from penstock.distributed.environment import RankEnvironment, first_host, read_environment, start, stop
 from penstock.errors import ConfigError
+from tests import processes
 
 TORCHRUN = {
     "RANK": "5",
@@ -151,7 +151,7 @@ def test_first_host_of_a_node_list(nodes: str, host: str) -> None:
 
 def test_reading_imports_no_torch() -> None:
     code = "import sys; from penstock.distributed.environment import read_environment; print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    done = processes.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.strip() == "False"
 
 

@@ -19,6 +19,7 @@ from penstock.distributed.launcher import (
     obey,
     tell,
 )
+from tests.processes import forked
 
 
 def test_process_of_its_own_owes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,12 +48,13 @@ def test_listener_is_used_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_rank_of_a_living_launcher_lives(monkeypatch: pytest.MonkeyPatch) -> None:
     """In a child: it is killed with its parent, and this one is not to be."""
-    child = os.fork()
-    if child == 0:
+
+    def act() -> None:
         os.environ[LAUNCHER] = str(os.getppid())
         obey()
         os.kill(os.getpid(), signal.SIGTERM)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+
+    assert forked(act) == -signal.SIGTERM
 
 
 def test_groups_that_share_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:

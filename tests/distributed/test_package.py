@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 
 import pytest
 
 from penstock import distributed
+from tests import processes
 
 NAMES = {
     "HSDPInferenceConfig",
@@ -42,5 +42,5 @@ def test_a_name_that_is_not_there_is_an_attribute_error() -> None:
 
 def test_importing_it_is_light() -> None:
     code = "import sys, penstock.distributed; print(sorted({'torch', 'diffusers', 'numpy'} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = processes.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -21,6 +20,7 @@ from penstock.engine.engine import Engine
 from penstock.errors import CancelledError, ConfigError, ModelNotFoundError, NotReadyError, QueueFullError, RequestError
 from penstock.request import GenerationRequest, StepEvent
 from penstock.wire import Began, Ended, Made, OrderEvent, Stage, Step
+from tests import processes
 from tests.engines import PROMPT, ending, made, order, running, stages, steps
 
 
@@ -235,7 +235,7 @@ def test_closing_ends_what_runs_and_leaves_no_process(tmp_path: Path) -> None:
     while not heard.empty():
         events.append(heard.get())
     assert [event.failure.code for event in events if isinstance(event, Ended)] == ["engine_closed"] * 2
-    assert not is_running(pid)
+    assert not processes.is_running(pid)
 
 
 def test_ranks_end_with_the_process_that_started_them(tmp_path: Path) -> None:
@@ -245,14 +245,13 @@ def test_ranks_end_with_the_process_that_started_them(tmp_path: Path) -> None:
         "print(*(rank.pid for rank in engine.status().groups[0].ranks), 'torch' in sys.modules, flush=True)\n"
         "time.sleep(100)\n"
     )
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    *pids, has_torch = process.stdout.readline().split()
-    assert len(pids) == 2 and has_torch == "False"
-    process.kill()
-    process.wait()
-    process.stdout.close()
-    wait_until(lambda: not any(is_running(int(pid)) for pid in pids))
+    with processes.Process[str]([sys.executable, "-c", code], stdout=processes.PIPE, text=True) as process:
+        assert process.stdout is not None
+        *pids, has_torch = process.stdout.readline().split()
+        assert len(pids) == 2 and has_torch == "False"
+        process.kill()
+        process.wait()
+        wait_until(lambda: not any(processes.is_running(int(pid)) for pid in pids))
 
 
 @pytest.mark.parametrize(
@@ -272,20 +271,13 @@ def test_a_rank_that_dies_or_hangs_fails_what_ran_and_is_started_again(
             os.kill(before.ranks[rank].pid, number)
     assert ending(events) == code
     assert time.monotonic() - struck_s < 5
-    while any(is_running(one.pid) for one in before.ranks):  # the system takes back what they held
+    while any(processes.is_running(one.pid) for one in before.ranks):  # the system takes back what they held
         assert time.monotonic() - struck_s < 10
         time.sleep(0.01)
     assert made(list(engine.events(order(tmp_path))))
     after = engine.status().groups[0]
     assert after.num_restarts == before.num_restarts + 1
     assert after.message == "" and after.state == "idle"
-
-
-def is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except FileNotFoundError:
-        return False
 
 
 def wait_until(condition: object, timeout_s: float = 30.0) -> None:
@@ -295,18 +287,17 @@ def wait_until(condition: object, timeout_s: float = 30.0) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_forked_process_is_told_to_make_its_own(tmp_path: Path) -> None:
     engine = running()
     told, mouth = os.pipe()
-    if (pid := os.fork()) == 0:
+
+    def submit() -> None:
         try:
             engine.submit(order(tmp_path), lambda event: None)
         except NotReadyError as error:
             os.write(mouth, str(error).encode())
-        finally:
-            os._exit(0)
-    os.waitpid(pid, 0)
+
+    assert processes.forked(submit) == 0
     os.close(mouth)
     with open(told, "rb") as said:
         assert f"the engine is process {os.getpid()}'s" in said.read().decode()

@@ -111,7 +111,8 @@ def play(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.setattr(fleet_module, "Post", Post)
 
     def start(group: RankGroup, number: int, shared: Any, listener: int) -> Rank:
-        return Rank(number, f"{group.number}.{group.num_restarts}.{number}", Process(), BytesIO(SAID), time.monotonic())  # type: ignore[arg-type]
+        name = f"{group.number}.{group.num_restarts}.{number}"
+        return Rank(number=number, name=name, process=Process(), said=BytesIO(SAID), heard_s=time.monotonic())  # type: ignore[arg-type]
 
     monkeypatch.setattr(RankGroup, "_start", start)
     monkeypatch.setattr(Rank, "forget", lambda rank: None)  # what it printed is no file
@@ -167,7 +168,7 @@ def test_a_dead_rank_ends_its_group_and_no_other(play: Any) -> None:
     stage.fleet.step()
     assert stage.ends() == ["rank_died"] and states(stage) == ["restarting", "busy"]
     failure = stage.heard[-1].failure  # type: ignore[union-attr]
-    assert failure.message == "rank 1 died (signal 11, Segmentation fault): last words. Ask again."
+    assert failure.message == "rank 1 died (signal 11, SIGSEGV): last words. Ask again."
     stage.say(("0.0.0", Ended(id="a")))  # from the grave
     assert stage.ends() == ["rank_died"]
     stage.groups[0].due_s = 0

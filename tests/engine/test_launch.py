@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from penstock.engine.launch import launch, most_ranks
+from penstock.engine.launch import launch
+from penstock.engine.processes import most_ranks
+from penstock.errors import ConfigError
+from tests import processes
 
 PREAMBLE = """
 import os, signal, sys, time
 from pathlib import Path
+from typing import Any
 from penstock.distributed.launcher import obey, tell
 obey()
 rank = int(os.environ["RANK"])
@@ -35,7 +39,7 @@ assert "torch" not in sys.modules
 sys.exit(code)
 """
 
-Start = Callable[..., "subprocess.Popen[str]"]
+Start = Callable[..., "processes.Process[str]"]
 
 
 @pytest.fixture(autouse=True)
@@ -44,16 +48,15 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def start(script: str, num_ranks: int = 2, grace_s: float = 0.5) -> subprocess.Popen[str]:
+def start(script: str, num_ranks: int = 2, grace_s: float = 0.5) -> processes.Process[str]:
     """A launcher in a process group of its own, as a terminal has it."""
     Path("rank.py").write_text(PREAMBLE + script)
-    return subprocess.Popen(
+    return processes.Process[str](
         [sys.executable, "-c", LAUNCHER, str(num_ranks), str(grace_s)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stdin=processes.PIPE,
+        stdout=processes.PIPE,
+        stderr=processes.PIPE,
         text=True,
-        process_group=0,
     )
 
 
@@ -70,16 +73,10 @@ def pids() -> list[int]:
 
 
 def alive() -> list[int]:
-    def runs(pid: int) -> bool:
-        try:
-            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-        except OSError:
-            return False
-
-    return [pid for pid in pids() if runs(pid)]
+    return [pid for pid in pids() if processes.is_running(pid)]
 
 
-def await_ranks(process: subprocess.Popen[str], num_ranks: int = 2) -> None:
+def await_ranks(process: processes.Process[str], num_ranks: int = 2) -> None:
     deadline = time.monotonic() + 30
     while len(pids()) < num_ranks:
         assert process.poll() is None and time.monotonic() < deadline
@@ -150,7 +147,7 @@ def test_killed_launcher_leaves_no_rank() -> None:
 def test_rank_whose_launcher_is_gone_ends_at_once() -> None:
     Path("rank.py").write_text(PREAMBLE + "print('runs')")
     environ = {**os.environ, "RANK": "0", "WORLD_SIZE": "1", "PENSTOCK_LAUNCHER": "1"}
-    done = subprocess.run([sys.executable, "rank.py"], env=environ, capture_output=True, check=False, timeout=30)
+    done = processes.run([sys.executable, "rank.py"], env=environ, capture_output=True, check=False, timeout=30)
     assert done.returncode == 1 and done.stdout == b"" == done.stderr
 
 
@@ -206,26 +203,50 @@ def test_stubborn_ranks_are_killed_after_one_interrupt() -> None:
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_asked_to_end_while_ranks_are_started(number: signal.Signals, code: int) -> None:
-    """Far more ranks than start within the time; each of them would stay."""
-    with start(HANG, num_ranks=100_000, grace_s=0.2) as process:
-        await_ranks(process)
-        os.killpg(process.pid, number)
-        _, err = process.communicate(timeout=30)
-    assert process.returncode == code and err == ""
-    assert not alive() and len(pids()) < 10_000
+def test_asked_to_end_while_ranks_are_started(
+    number: signal.Signals, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The signal comes while the third of eight is started: five never are."""
+    started: list[processes.Process[bytes]] = []
+
+    def start_one(*arguments: object, **options: Any) -> processes.Process[bytes]:
+        started.append(processes.Process[bytes](["sleep", "100"]))
+        if len(started) == 3:
+            signal.raise_signal(number)
+        return started[-1]
+
+    monkeypatch.setattr("penstock.engine.launch.start", start_one)
+    assert launch(["any"], 8, grace_s=10) == code
+    assert len(started) == 3 and all(process.returncode == -signal.SIGTERM for process in started)
+
+
+def test_more_ranks_than_a_machine_can_have_are_refused_whoever_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Started(Exception):
+        pass
+
+    def start_one(*arguments: object, **options: object) -> None:
+        raise Started
+
+    monkeypatch.setattr("penstock.engine.launch.start", start_one)
+    most = most_ranks()
+    with pytest.raises(ConfigError, match=rf"^{most + 1} ranks, and this machine starts at most {most}: .*Ask for"):
+        launch(["any"], most + 1)
+    with pytest.raises(ConfigError, match=r"^ulysses\(100000\) = 100000 ranks"):
+        launch(["any"], 100_000, equation="ulysses(100000)")
+    with pytest.raises(Started):
+        launch(["any"], most)
 
 
 def test_asked_to_end_before_any_rank_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
-    def before_any(num_ranks: int, port: int) -> dict[str, str]:
+    def before_any(num_ranks: int, num_sharing: int, port: int) -> dict[str, str]:
         signal.raise_signal(signal.SIGTERM)
         return {}
 
     def none(*arguments: object, **options: object) -> None:
         raise AssertionError("started")
 
-    monkeypatch.setattr("penstock.engine.launch._variables", before_any)
-    monkeypatch.setattr(subprocess, "Popen", none)
+    monkeypatch.setattr("penstock.engine.launch.rank_variables", before_any)
+    monkeypatch.setattr("penstock.engine.launch.start", none)
     assert launch([sys.executable, "rank.py"], 2) == 143
 
 
@@ -244,25 +265,18 @@ time.sleep(100)
     assert code == 3 and out == "SIGUSR1\n"
 
 
-def test_most_ranks_grow_with_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(2)), raising=False)
-    assert most_ranks() == 64
-    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(48)), raising=False)
-    assert most_ranks() == 192
-
-
 def test_partial_start_is_reaped(monkeypatch: pytest.MonkeyPatch) -> None:
     Path("rank.py").write_text(PREAMBLE + HANG)
-    real, started = subprocess.Popen, []
+    started: list[processes.Process[bytes]] = []
 
-    def second_fails(*arguments: object, **options: object) -> object:
+    def second_fails(command: list[str], variables: dict[str, str], **options: Any) -> processes.Process[bytes]:
         if started:
             raise BlockingIOError("no more processes")
-        started.append(real(*arguments, **options))  # type: ignore[call-overload]
+        started.append(processes.Process[bytes](command, env=variables, **options))
         return started[0]
 
     before = signal.getsignal(signal.SIGINT)
-    monkeypatch.setattr(subprocess, "Popen", second_fails)
+    monkeypatch.setattr("penstock.engine.launch.start", second_fails)
     with pytest.raises(BlockingIOError):
         launch([sys.executable, "rank.py"], 3)
     assert started[0].returncode == -signal.SIGKILL

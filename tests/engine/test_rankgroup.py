@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from itertools import pairwise
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 
 from penstock.config import LoadConfig, ParallelConfig
 from penstock.engine.rankgroup import Rank, RankGroup, WorkConfig, how_it_ended
+from tests.processes import Process
 
 WORK = WorkConfig(
     address="ipc:///nowhere", name="", model="demo", load=LoadConfig(), parallel=ParallelConfig(ulysses_degree=2)
@@ -30,23 +31,37 @@ sys.exit(3)
 """
 
 
-class Process(subprocess.Popen[bytes]):
-    """A script in place of a rank."""
+class Scripts:
+    """Starts a script in place of each rank.
 
-    script = "import time; time.sleep(100)"
-    started: ClassVar[list[tuple[list[str], dict[str, Any]]]] = []
+    Attributes:
+        script: in Python.
+        environments: that ranks were given.
+        started: all processes.
+    """
 
-    def __init__(self, command: list[str], **options: Any) -> None:
-        self.started.append((command, options))
-        super().__init__([sys.executable, "-c", self.script], **options)
+    def __init__(self) -> None:
+        self.script = "import time; time.sleep(100)"
+        self.environments: list[dict[str, str]] = []
+        self.started: list[Process[bytes]] = []
+
+    def start(
+        self, command: Sequence[str], variables: dict[str, str], *, has_session: bool = False, **options: Any
+    ) -> Process[bytes]:
+        assert command[-1] == "penstock.engine.worker" and has_session
+        self.environments.append(variables)
+        self.started.append(Process[bytes]([sys.executable, "-c", self.script], env=variables, **options))
+        return self.started[-1]
 
 
 @pytest.fixture
-def processes(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Process]]:
-    monkeypatch.setattr(subprocess, "Popen", Process)
-    Process.started = []
-    Process.script = "import time; time.sleep(100)"
-    yield Process
+def processes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Scripts]:
+    scripts = Scripts()
+    monkeypatch.setattr("penstock.engine.rankgroup.start", scripts.start)
+    with ExitStack() as stack:
+        yield scripts
+        for process in scripts.started:
+            stack.enter_context(process)
 
 
 def end(group: RankGroup) -> None:
@@ -55,11 +70,11 @@ def end(group: RankGroup) -> None:
     assert group.is_gone()
 
 
-def test_ranks_are_told_who_they_are(processes: type[Process], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_are_told_who_they_are(processes: Scripts, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
     group = RankGroup(1, 2, WORK)
     group.start()
-    environments = [options["env"] for _, options in processes.started]
+    environments = processes.environments
     for rank, environment in enumerate(environments):
         assert (environment["RANK"], environment["WORLD_SIZE"], environment["PENSTOCK_GROUPS"]) == (str(rank), "2", "2")
         assert environment["CUDA_VISIBLE_DEVICES"] == "6,7"  # the second group's
@@ -68,7 +83,7 @@ def test_ranks_are_told_who_they_are(processes: type[Process], monkeypatch: pyte
     end(group)
 
 
-def test_killed_ranks_are_gone(processes: type[Process]) -> None:
+def test_killed_ranks_are_gone(processes: Scripts) -> None:
     group = RankGroup(0, 1, WORK)
     group.start()
     started = [rank.process for rank in group.ranks]
@@ -78,7 +93,7 @@ def test_killed_ranks_are_gone(processes: type[Process]) -> None:
     assert group.state == "restarting" and group.message == "why"
 
 
-def test_each_failure_waits_longer_until_one_works(processes: type[Process]) -> None:
+def test_each_failure_waits_longer_until_one_works(processes: Scripts) -> None:
     group = RankGroup(0, 1, WORK)
     waits_s = []
     for _ in range(9):
@@ -91,7 +106,7 @@ def test_each_failure_waits_longer_until_one_works(processes: type[Process]) -> 
     assert group.due_s - time.monotonic() < 1
 
 
-def test_names_are_new_after_each_start(processes: type[Process]) -> None:
+def test_names_are_new_after_each_start(processes: Scripts) -> None:
     group = RankGroup(0, 1, WORK)
     names = []
     for _ in range(2):
@@ -102,7 +117,7 @@ def test_names_are_new_after_each_start(processes: type[Process]) -> None:
     assert len(set(names)) == 4 and group.num_restarts == 1
 
 
-def test_who_died_is_found_with_its_last_words(processes: type[Process]) -> None:
+def test_who_died_is_found_with_its_last_words(processes: Scripts) -> None:
     processes.script = LAST_WORDS
     group = RankGroup(0, 1, WORK)
     group.start()
@@ -114,7 +129,7 @@ def test_who_died_is_found_with_its_last_words(processes: type[Process]) -> None
     end(group)
 
 
-def talking(processes: type[Process], words: str) -> tuple[RankGroup, Rank]:
+def talking(processes: Scripts, words: str) -> tuple[RankGroup, Rank]:
     """A group, and its first rank, which has said something and goes on."""
     processes.script = f"print({words!r}, flush=True); import time; time.sleep(100)"
     group = RankGroup(0, 1, WORK)
@@ -126,33 +141,33 @@ def talking(processes: type[Process], words: str) -> tuple[RankGroup, Rank]:
     return group, rank
 
 
-def test_what_was_printed_before_is_not_why_it_died(processes: type[Process]) -> None:
+def test_what_was_printed_before_is_not_why_it_died(processes: Scripts) -> None:
     group, rank = talking(processes, "an order failed")
     rank.process.terminate()
     rank.process.wait(10)
-    assert how_it_ended(rank) == "rank 0 died (signal 15, Terminated): an order failed"
+    assert how_it_ended(rank) == "rank 0 died (signal 15, SIGTERM): an order failed"
     rank.rest()
-    assert how_it_ended(rank) == "rank 0 died (signal 15, Terminated)"
+    assert how_it_ended(rank) == "rank 0 died (signal 15, SIGTERM)"
     end(group)
 
 
-def test_who_is_killed_said_nothing_of_it(processes: type[Process]) -> None:
+def test_who_is_killed_said_nothing_of_it(processes: Scripts) -> None:
     group, rank = talking(processes, "a warning")
     rank.process.kill()
     rank.process.wait(10)
-    assert how_it_ended(rank) == "rank 0 died (signal 9, Killed)"
+    assert how_it_ended(rank) == "rank 0 died (signal 9, SIGKILL)"
     end(group)
 
 
-def test_gpus_that_are_switched_off_stay_so(processes: type[Process], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpus_that_are_switched_off_stay_so(processes: Scripts, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     group = RankGroup(1, 2, WORK)
     group.start()
-    assert [options["env"]["CUDA_VISIBLE_DEVICES"] for _, options in processes.started] == ["", ""]
+    assert [environment["CUDA_VISIBLE_DEVICES"] for environment in processes.environments] == ["", ""]
     end(group)
 
 
-def test_silence_counts_once_a_rank_is_ready(processes: type[Process]) -> None:
+def test_silence_counts_once_a_rank_is_ready(processes: Scripts) -> None:
     group = RankGroup(0, 1, WORK)
     group.start()
     group.ranks[1].heard_s -= 10
@@ -166,16 +181,15 @@ def test_silence_counts_once_a_rank_is_ready(processes: type[Process]) -> None:
     end(group)
 
 
-def test_a_start_that_fails_half_way_leaves_nothing(processes: type[Process], monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[Process] = []
+def test_a_start_that_fails_half_way_leaves_nothing(processes: Scripts, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = processes.started
 
-    def second_fails(command: list[str], **options: Any) -> Process:
+    def second_fails(*arguments: Any, **options: Any) -> Process[bytes]:
         if made:
             raise OSError(11, os.strerror(11))
-        made.append(Process(command, **options))
-        return made[0]
+        return processes.start(*arguments, **options)
 
-    monkeypatch.setattr(subprocess, "Popen", second_fails)
+    monkeypatch.setattr("penstock.engine.rankgroup.start", second_fails)
     group = RankGroup(0, 1, WORK)
     with pytest.raises(OSError, match="Resource temporarily unavailable"):
         group.start()
@@ -183,7 +197,7 @@ def test_a_start_that_fails_half_way_leaves_nothing(processes: type[Process], mo
     assert group.is_gone() and made[0].returncode == -9 and group.ranks == []
 
 
-def test_nobody_waits_for_what_was_killed(processes: type[Process], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nobody_waits_for_what_was_killed(processes: Scripts, monkeypatch: pytest.MonkeyPatch) -> None:
     group = RankGroup(0, 1, WORK)
     group.start()
     rank = group.ranks[0]
@@ -196,17 +210,17 @@ def test_nobody_waits_for_what_was_killed(processes: type[Process], monkeypatch:
     assert rank.said.closed
 
 
-def test_ranks_are_told_no_secrets(processes: type[Process], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_are_told_no_secrets(processes: Scripts, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("PENSTOCK_API_KEYS", "AWS_SECRET_ACCESS_KEY", "HF_TOKEN"):
         monkeypatch.setenv(name, "s3cret")
     group = RankGroup(0, 1, WORK)
     group.start()
-    (_, options), *_ = processes.started
-    assert [name for name, value in options["env"].items() if value == "s3cret"] == ["HF_TOKEN"]
+    environment = processes.environments[0]
+    assert [name for name, value in environment.items() if value == "s3cret"] == ["HF_TOKEN"]
     end(group)
 
 
-def test_what_was_printed_long_ago_takes_no_room(processes: type[Process]) -> None:
+def test_what_was_printed_long_ago_takes_no_room(processes: Scripts) -> None:
     processes.script = f"print('x' * {2**24}, flush=True); import time; time.sleep(0.5); print('last words')"
     group = RankGroup(0, 1, WORK)
     group.start()

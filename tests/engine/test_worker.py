@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from penstock.engine.post import Post
 from penstock.engine.rankgroup import WorkConfig
 from penstock.request import GenerationRequest
 from penstock.wire import Beat, Check, Checked, Close, Loading, Ready, Refused
-from tests import zoo
+from tests import processes, zoo
 
 NAME = "0.0.0"
 
@@ -39,16 +38,16 @@ def post() -> Iterator[Listener]:
     post.close()
 
 
-def start(post: Listener, model: str, stdin: bytes | None = None) -> subprocess.Popen[bytes]:
+def start(post: Listener, model: str, stdin: bytes | None = None) -> processes.Process[bytes]:
     config = WorkConfig(
         address=post.address, name=NAME, model=model, load=LoadConfig(device="cpu"), parallel=ParallelConfig()
     )
-    process = subprocess.Popen(
+    process = processes.Process[bytes](
         [sys.executable, "-P", "-m", "penstock.engine.worker"],
         env={**os.environ, LAUNCHER: str(os.getpid()), "TRANSFORMERS_VERBOSITY": "critical"},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
+        stdin=processes.PIPE,
+        stdout=processes.PIPE,
+        stderr=processes.STDOUT,
     )
     assert process.stdin is not None
     process.stdin.write(msgspec.json.encode(config) if stdin is None else stdin)
@@ -66,7 +65,7 @@ def hear(post: Post, kind: type, timeout_s: float = 60.0) -> list[Any]:
     return sorted(heard, key=lambda message: isinstance(message, kind))
 
 
-def end(process: subprocess.Popen[bytes]) -> tuple[int, str]:
+def end(process: processes.Process[bytes]) -> tuple[int, str]:
     assert process.stdout is not None
     said = process.stdout.read().decode()
     process.stdout.close()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from penstock.errors import ConfigError, OutputError
 from penstock.media import plot
 from penstock.media.plot import check_plot, plot_timeline
 from penstock.timeline import Timeline
+from tests import processes
 from tests.media.timelines import MIB, streamed
 
 
@@ -154,4 +154,4 @@ def test_matplotlib_is_imported_when_there_is_something_to_draw_and_no_window_is
         "import sys, penstock.media.plot as plot, penstock.timeline as t; assert 'matplotlib' not in sys.modules;"
         f"plot.plot_timeline(t.Timeline(), {str(tmp_path / 'a.png')!r}); assert 'matplotlib.pyplot' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    processes.run([sys.executable, "-c", code], check=True)

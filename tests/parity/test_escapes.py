@@ -6,7 +6,6 @@ import copy
 import gc
 import os
 import pickle
-import signal
 import threading
 import weakref
 from collections.abc import Callable
@@ -25,6 +24,7 @@ from penstock.errors import ConfigError, GenerationError, NotAPipelineError, Usa
 from penstock.offload.cold import ColdTensor
 from tests import zoo
 from tests.parity.test_offload import is_equal
+from tests.processes import forked
 
 
 @pytest.fixture
@@ -171,11 +171,7 @@ def test_child_process_of_a_fork_runs_on(flux: Any) -> None:
     plain = made(flux)
     with penstock.apply(flux, offload="layerwise", max_weight_memory="1.5MiB"):
         made(flux)
-        child = os.fork()
-        if child == 0:
-            signal.alarm(60)
-            os._exit(0 if is_equal(plain, made(flux)) else 1)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert forked(lambda: 0 if is_equal(plain, made(flux)) else 1) == 0
         assert is_equal(plain, made(flux))
 
 
@@ -291,12 +287,11 @@ def test_child_process_does_not_touch_the_weights_of_its_parent(flux: Any) -> No
     latents = torch.randn(1, flux.vae.config.latent_channels, 4, 4)
     with penstock.apply(flux, offload="sequential", max_weight_memory="least", check=True), torch.no_grad():
         plain = flux.vae.decode(latents).sample
-        child = os.fork()
-        if child == 0:
-            signal.alarm(60)
+
+        def denoise_in_child() -> None:
             denoise(flux, torch.randn(1, 4, flux.transformer.config.in_channels))
-            os._exit(0)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+        assert forked(denoise_in_child) == 0
         assert torch.equal(plain, flux.vae.decode(latents).sample)
 
 

@@ -9,15 +9,17 @@ import os
 import pwd
 import secrets
 import shutil
-import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from urllib.parse import quote
 
 import psycopg
 import pytest
+
+from tests import processes
 
 PASSWORD = "s3cret/of@tests"
 _START_S = 60
@@ -43,7 +45,7 @@ def postgres_folder() -> Iterator[Path]:
         if os.environ.get("PENSTOCK_REQUIRE_SERVICES") == "1":
             pytest.fail(reason)
         pytest.skip(reason)
-    user = {"user": "postgres", "group": "postgres", "extra_groups": []} if os.geteuid() == 0 else {}  # not as root
+    user = _as_postgres() if os.geteuid() == 0 else []  # not as root
     folder = Path(tempfile.mkdtemp(prefix="penstock-postgres-", dir="/tmp"))  # a socket's path is at most 107 bytes
     if user:
         account = pwd.getpwnam("postgres")
@@ -53,26 +55,28 @@ def postgres_folder() -> Iterator[Path]:
     secret.chmod(0o644)
     data = folder / "data"
     arguments = ["-D", str(data), "-U", "tests", "--auth=scram-sha-256", f"--pwfile={secret}", "-E", "UTF8", "-N"]
-    subprocess.run([programs / "initdb", *arguments], cwd=folder, check=True, capture_output=True, **user)
+    processes.run([*user, programs / "initdb", *arguments], cwd=folder, check=True, capture_output=True)
     settings = ["-c", "listen_addresses=", "-c", "fsync=off", "-c", f"unix_socket_directories={folder}"]
-    with (folder / "log").open("wb") as log:
-        server = subprocess.Popen(
-            [programs / "postgres", "-D", str(data), *settings], cwd=folder, stdout=log, stderr=log, **user
-        )
+    command = [*user, programs / "postgres", "-D", str(data), *settings]
     try:
-        _wait(folder, server)
-        yield folder
+        with (folder / "log").open("wb") as log:
+            server = processes.Process[bytes](command, cwd=folder, stdout=log, stderr=log)
+        with server:
+            _wait(folder, server)
+            yield folder
+            server.terminate()
+            with suppress(processes.TimeoutExpired):
+                server.wait(10)
     finally:
-        server.terminate()
-        try:
-            server.wait(10)
-        except subprocess.TimeoutExpired:
-            server.kill()
-            server.wait()
         shutil.rmtree(folder)
 
 
-def _wait(folder: Path, server: subprocess.Popen[bytes]) -> None:
+def _as_postgres() -> list[str]:
+    """What a command begins with to run as that user; it takes over that the command ends with the tests."""
+    return ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups", "--pdeathsig=INT"]
+
+
+def _wait(folder: Path, server: processes.Process[bytes]) -> None:
     deadline = time.monotonic() + _START_S
     while True:
         try:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -15,6 +14,8 @@ from typing import Any
 
 import httpx2
 import openai
+
+from tests import processes
 
 _READY_S = 120.0
 
@@ -36,12 +37,11 @@ class Served:
         (folder / "cache").mkdir(exist_ok=True)
         command = [sys.executable, "-P", "-m", "penstock", "serve", str(model), "--port", str(port)]
         with (folder / "log.txt").open("ab") as log:
-            self.process = subprocess.Popen(
+            self.process = processes.Process[bytes](
                 [*command, "--device", "cpu", "--server-name", "tested", *options],
                 env={**os.environ, "XDG_CACHE_HOME": str(folder / "cache")},
                 stdout=log,
                 stderr=log,
-                start_new_session=True,
             )
         self.http = httpx2.Client(base_url=self.url, timeout=60)
 
@@ -83,17 +83,8 @@ class Served:
 def served(model: str | Path, folder: Path, *options: str) -> Iterator[Served]:
     """A server that is ready, and ended in order."""
     server = Served(model, folder, *options)
-    try:
+    with server.process:
         server.await_ready()
         yield server
-    finally:
         if server.process.poll() is None:
             server.end()
-
-
-def is_running(pid: int) -> bool:
-    """Whether a process exists and is not only waiting to be reaped."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except FileNotFoundError:
-        return False

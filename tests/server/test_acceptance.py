@@ -21,7 +21,8 @@ from PIL import Image
 
 import penstock
 from tests import zoo
-from tests.server.served import Served, is_running, served
+from tests.processes import is_running
+from tests.server.served import Served, served
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Sora API:DeprecationWarning")
 PROMPT = "a red circle left of a blue square"

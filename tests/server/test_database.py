@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sqlite3
-import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -14,6 +13,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from penstock.errors import ConfigError
 from penstock.server.database import SCHEMA, Database, LeaseLostError, StoreError, _parsed, shown_url
+from tests import processes
 
 HOLD = """
 import sys, time
@@ -127,9 +127,9 @@ def test_sqlite_reads_beside_its_writer(tmp_path: Path) -> None:
 
 def test_a_name_is_held_by_one_until_its_process_ends(database_url: str) -> None:
     database = Database(database_url)
-    holder = subprocess.Popen([sys.executable, "-c", HOLD, database_url], stdout=subprocess.PIPE, text=True)
-    assert holder.stdout is not None
-    with holder.stdout:
+    command = [sys.executable, "-c", HOLD, database_url]
+    with processes.Process[str](command, stdout=processes.PIPE, text=True) as holder:
+        assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
         with pytest.raises(ConfigError, match="a server named 'alpha' is running"):
             database.lease("alpha")

@@ -114,7 +114,7 @@ def test_no_wait_is_longer_than_clients_obey() -> None:
 
 
 def test_how_a_rank_died_is_told_without_what_it_wrote() -> None:
-    assert how_it_died("rank 1 died (signal 9, Killed): /home/ann/x. Ask again.") == "rank 1 died (signal 9, Killed)"
+    assert how_it_died("rank 1 died (signal 9, SIGKILL): /home/ann/x. Ask again.") == "rank 1 died (signal 9, SIGKILL)"
     assert how_it_died("no step for 5 s") is None
 
 

@@ -6,7 +6,6 @@ import asyncio
 import os
 import re
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -17,6 +16,7 @@ import pytest
 
 from penstock.errors import ConfigError
 from penstock.server.files import FileRangeError, Files, StorageError
+from tests import processes
 from tests.server.s3 import client
 
 PUT = """
@@ -209,11 +209,9 @@ def test_a_cancelled_file_leaves_nothing(tmp_path: Path) -> None:
 def test_a_server_killed_while_it_writes_leaves_no_file_that_can_be_had(tmp_path: Path) -> None:
     folder = tmp_path / "files"
     source = a_source(tmp_path, 256 * 1024**2)
-    writer = subprocess.Popen(
-        [sys.executable, "-c", PUT, f"file://{folder}", str(source)], stdout=subprocess.PIPE, text=True
-    )
-    assert writer.stdout is not None
-    with writer.stdout:
+    command = [sys.executable, "-c", PUT, f"file://{folder}", str(source)]
+    with processes.Process[str](command, stdout=processes.PIPE, text=True) as writer:
+        assert writer.stdout is not None
         writer.stdout.readline()
         while not folder.is_dir() or not list(folder.iterdir()):
             assert writer.poll() is None
@@ -248,7 +246,7 @@ def test_a_large_file_is_never_whole_in_memory(tmp_path: Path, request: pytest.F
     source = tmp_path / "source"
     with source.open("wb") as sparse:
         sparse.truncate(num_bytes)
-    done = subprocess.run(
+    done = processes.run(
         [sys.executable, "-c", LIMITED, place, str(source)], capture_output=True, text=True, check=True
     )
     size, total, grown_kib = map(int, done.stdout.split())

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from tests import zoo
-from tests.server.served import Served, is_running, served
+from tests.processes import is_running
+from tests.server.served import Served, served
 
 pytestmark = pytest.mark.thorough
 NOTICED_S = 10.0

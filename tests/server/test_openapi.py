@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests import processes
 from tests.server.engine_double import EngineDouble
 from tests.server.live import serving
 
 _ANSWERS_TO_GOOD = "positive_data_acceptance"  # the document cannot say that the sides within `size` are multiples of 8
 
 
-def attack(url: str, folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
+def attack(url: str, folder: Path, *more: str) -> processes.CompletedProcess[str]:
     command = [sys.executable, "-m", "schemathesis.cli", "run", f"{url}/openapi.json", "--no-color"]
     command += ["--max-examples", "4", "--generation-deterministic", "--exclude-checks", _ANSWERS_TO_GOOD, *more]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=240, stdin=subprocess.DEVNULL)
+    return processes.run(command, cwd=folder, capture_output=True, text=True, timeout=240, stdin=processes.DEVNULL)
 
 
 @pytest.mark.parametrize("kind", ["image", "video"])

@@ -6,7 +6,6 @@ import os
 import re
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -21,6 +20,7 @@ from penstock.errors import ConfigError
 from penstock.server.process import Server, address_of, bind, data_folder, run, server_name
 from penstock.server.settings import ServeConfig
 from penstock.server.store import Store
+from tests import processes
 from tests.server.engine_double import EngineDouble
 from tests.server.live import parts
 
@@ -28,21 +28,16 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @contextmanager
-def process(folder: Path, trouble: str = "") -> Iterator[tuple[subprocess.Popen[str], str]]:
+def process(folder: Path, trouble: str = "") -> Iterator[tuple[processes.Process[str], str]]:
     """A server, and its URL; ended when the block is."""
     command = [sys.executable, "-m", "tests.server.server_process", str(folder), trouble]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "src")])}
-    with (folder / "log").open("a") as log:
-        server = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=log, text=True)
-    assert server.stdout is not None
-    try:
+    options = {"cwd": ROOT, "env": environment, "stdout": processes.PIPE, "text": True}
+    with (folder / "log").open("a") as log, processes.Process[str](command, stderr=log, **options) as server:
+        assert server.stdout is not None
         found = re.search(r"http://\S+:\d+", server.stdout.readline())
         assert found, (folder / "log").read_text()
         yield server, found[0]
-    finally:
-        server.kill()
-        server.wait()
-        server.stdout.close()
 
 
 def video(url: str) -> str:
@@ -88,7 +83,7 @@ def test_the_second_signal_ends_it_at_once_and_the_next_start_tells_the_truth(tm
     with process(tmp_path, "stuck") as (server, url):
         job_id = video(url)
         server.send_signal(signal.SIGTERM)
-        with pytest.raises(subprocess.TimeoutExpired):
+        with pytest.raises(processes.TimeoutExpired):
             server.wait(1)
         server.send_signal(signal.SIGTERM)
         assert server.wait(10) == 128 + signal.SIGTERM
@@ -161,7 +156,7 @@ def test_two_of_one_name_do_not_share_a_database(tmp_path: Path) -> None:
 def process_that_fails(folder: Path, trouble: str = "", code: int = 2) -> Iterator[str]:
     command = [sys.executable, "-m", "tests.server.server_process", str(folder), trouble]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "src")])}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    done = processes.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == code
     yield done.stdout
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import stat
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import pytest
 
 from penstock.errors import ConfigError
 from penstock.server.spool import Spool
+from tests import processes
 
 HOLD = """
 import sys, time
@@ -36,9 +36,9 @@ def test_each_has_its_own_and_removes_it(tmp_path: Path) -> None:
 
 
 def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
-    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
-    assert holder.stdout is not None
-    with holder.stdout:
+    command = [sys.executable, "-c", HOLD, str(tmp_path)]
+    with processes.Process[str](command, stdout=processes.PIPE, text=True) as holder:
+        assert holder.stdout is not None
         left = Path(holder.stdout.readline().strip())
         (tmp_path / "of somebody else").mkdir()
         (tmp_path / "penstock-spool-link").symlink_to(tmp_path / "of somebody else")

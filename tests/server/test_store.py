@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +13,7 @@ import pytest
 from penstock.errors import ConfigError
 from penstock.server.job import Job
 from penstock.server.store import Store, StoreError, UnknownJobError
+from tests import processes
 from tests.server.jobs import a_file, a_job
 
 WRITE = """
@@ -359,9 +359,9 @@ def test_many_threads_write_and_read_at_once(store: Store) -> None:
 def test_a_process_killed_while_it_writes_loses_nothing_it_was_told(
     database_url: str, open_store: Open, num_lines: int
 ) -> None:
-    writer = subprocess.Popen([sys.executable, "-c", WRITE, database_url], stdout=subprocess.PIPE, text=True)
-    assert writer.stdout is not None
-    with writer.stdout:
+    command = [sys.executable, "-c", WRITE, database_url]
+    with processes.Process[str](command, stdout=processes.PIPE, text=True) as writer:
+        assert writer.stdout is not None
         lines = [writer.stdout.readline() for _ in range(num_lines)]
         writer.kill()
         lines += [line for line in writer.stdout if line.endswith("\n")]

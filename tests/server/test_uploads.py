@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import struct
-import subprocess
 import sys
 import zlib
 from pathlib import Path
@@ -15,6 +14,7 @@ from PIL import Image
 
 from penstock.errors import RequestError
 from penstock.server.uploads import MEDIA_TYPES, Limits, PictureKind, TooLargeError, accept, kind_of
+from tests import processes
 
 LIMITS = Limits(num_bytes=10**6, num_pixels=64 * 64)
 KINDS: tuple[PictureKind, ...] = ("png", "jpeg", "webp", "gif")
@@ -180,7 +180,7 @@ def test_what_is_no_picture_is_refused(tmp_path: Path, content: bytes, message: 
     ids=["png 60000", "png most", "png 12000", "png 4097", "webp 16383", "webp most", "gif"],
 )
 def test_a_bomb_takes_no_memory(tmp_path: Path, content: bytes) -> None:
-    done = subprocess.run([sys.executable, "-c", BOMB, str(tmp_path)], input=content, capture_output=True, check=True)
+    done = processes.run([sys.executable, "-c", BOMB, str(tmp_path)], input=content, capture_output=True, check=True)
     name, grown_kib = done.stdout.split()
     assert name == b"TooLargeError" and int(grown_kib) < 16 * 1024
     assert not list(tmp_path.iterdir())

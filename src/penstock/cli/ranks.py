@@ -112,15 +112,10 @@ def take_place(parallel: ParallelConfig) -> Place:
         )
     if parallel.world_size == 1:
         return Place()
-    from penstock.engine.launch import launch, most_ranks
+    from penstock.engine.launch import launch
 
-    if parallel.world_size > most_ranks():
-        raise ConfigError(
-            f"{parallel.equation()} = {parallel.world_size} ranks, and this machine starts at most {most_ranks()}: 4 "
-            "per CPU, or 64. Ask for smaller degrees, or start the ranks on several machines (torchrun, srun, mpirun)."
-        )
     try:
-        code = launch(_command(), parallel.world_size)
+        code = launch(_command(), parallel.world_size, equation=parallel.equation())
     except OSError as error:
         raise ConfigError(
             f"{parallel.equation()} = {parallel.world_size} ranks could not all be started: {error.strerror or error}. "

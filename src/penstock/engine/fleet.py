@@ -21,12 +21,12 @@ import msgspec
 
 from penstock import errors
 from penstock.config import LoadConfig, ParallelConfig
-from penstock.engine.launch import most_ranks
 from penstock.engine.post import Post
+from penstock.engine.processes import require_startable
 from penstock.engine.rankgroup import Rank, RankGroup, WorkConfig, how_it_ended
 from penstock.engine.status import EngineConfig, EngineStatus, GroupStatus, RankStatus
 from penstock.engine.tasks import Listener, Tasks
-from penstock.errors import ConfigError, EngineError, NotReadyError, PenstockError, UsageError
+from penstock.errors import EngineError, NotReadyError, PenstockError, UsageError
 from penstock.request import GenerationRequest
 from penstock.wire import (
     Beat,
@@ -67,11 +67,7 @@ class Fleet:
     """
 
     def __init__(self, model: str, parallel: ParallelConfig, load: LoadConfig, config: EngineConfig) -> None:
-        if parallel.world_size > most_ranks():
-            raise ConfigError(
-                f"{parallel.equation()} = {parallel.world_size} ranks, and this machine starts at most {most_ranks()}. "
-                "Ask for smaller degrees."
-            )
+        require_startable(parallel.world_size, parallel.equation())
         self.description: dict[str, Any] | None = None
         self._config = config
         self._post = Post()

@@ -2,51 +2,31 @@
 
     shell -> this process (no torch) -> rank 0 (the user's terminal), rank 1, ... (silent; standard error kept)
 
-Owns processes and signals. A launcher passes Ctrl-C and SIGTERM on as one SIGTERM each: its ranks never see the
-terminal's own. Those that outlive a rank which failed are told so by `DISMISSED` instead. Does not know what the ranks
-do; what they owe in turn is `distributed/launcher.py`.
+Owns when they are started and ended, and the signals. A launcher passes Ctrl-C and SIGTERM on as one SIGTERM each: its
+ranks never see the terminal's own. Those that outlive a rank which failed are told so by `DISMISSED` instead. Does not
+know what the ranks do; what they owe in turn is `distributed/launcher.py`.
 """
 
 from __future__ import annotations
 
-import os
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import IO, Any
+from subprocess import DEVNULL
+from typing import Any
 
-from penstock.distributed.launcher import DISMISSED, ERRORS, LAUNCHER, LISTENER
+from penstock.distributed.launcher import DISMISSED, ERRORS, LISTENER
+from penstock.engine.processes import LOOPBACK, RankProcess, rank_variables, require_startable, start
 
 _POLL_S = 0.05
 _GRACE_S = 3.0
-_SHOWN_LINES = 40
-_ALWAYS_RANKS = 64
-_RANKS_PER_CPU = 4
 _WISHES = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _SHOW_CURSOR = "\x1b[?25h"
-
-
-@dataclass
-class _Rank:
-    """One process: its number, what it said on standard error (None: the user's own), and how it ended."""
-
-    number: int
-    process: subprocess.Popen[bytes]
-    said: IO[bytes] | None
-
-    def tail(self) -> str:
-        """The last lines of what it said."""
-        if self.said is None:
-            return ""
-        self.said.seek(0)
-        lines = self.said.read().decode(errors="replace").strip().splitlines()
-        return "\n".join(lines[-_SHOWN_LINES:])
 
 
 @dataclass
@@ -60,17 +40,7 @@ class _Wishes:
         self.numbers.append(number)
 
 
-def most_ranks() -> int:
-    """How many ranks this machine can be asked for: 4 per CPU that this process may use, 64 on small machines."""
-    return max(_ALWAYS_RANKS, _RANKS_PER_CPU * num_cpus())
-
-
-def num_cpus() -> int:
-    """CPUs that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def launch(command: Sequence[str], num_ranks: int, *, grace_s: float = _GRACE_S) -> int:
+def launch(command: Sequence[str], num_ranks: int, *, equation: str = "", grace_s: float = _GRACE_S) -> int:
     """Run a command as several ranks on this machine, until all have ended.
 
     Rank 0 has this process's terminal; the others print nowhere, but what a failing one said on standard error
@@ -78,8 +48,9 @@ def launch(command: Sequence[str], num_ranks: int, *, grace_s: float = _GRACE_S)
     there are, and no more are started.
 
     Args:
-        command: of each rank; it must call `launcher.obey` first of all.
+        command: of each rank.
         num_ranks: how many.
+        equation: what makes that number, in words.
         grace_s: once a rank has failed, the others have so long to end by themselves, then as long to tidy up when
             they are asked to end; who still runs is killed. After Ctrl-C they are asked at once.
 
@@ -88,17 +59,19 @@ def launch(command: Sequence[str], num_ranks: int, *, grace_s: float = _GRACE_S)
         signal, 128 + n for that: 130 after Ctrl-C.
 
     Raises:
+        ConfigError: for more ranks than this machine can reasonably have, before any is started.
         OSError: where not all could be started; those that were have ended.
     """
+    require_startable(num_ranks, equation)
     wishes = _Wishes()
     with ExitStack() as stack:
         errors = stack.enter_context(tempfile.TemporaryFile())
-        listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        listener = stack.enter_context(socket.create_server((LOOPBACK, 0)))
         stack.enter_context(_heard(wishes))
-        ranks: list[_Rank] = []
+        ranks: list[RankProcess] = []
         stack.callback(_kill, ranks)
         handed = {ERRORS: errors.fileno(), LISTENER: listener.fileno()}
-        shared = _variables(num_ranks, listener.getsockname()[1])
+        shared = rank_variables(num_ranks, num_ranks, listener.getsockname()[1])
         while len(ranks) < num_ranks and not wishes.numbers:
             with _held(signal.SIGINT):  # ranks inherit that it is held back, and so never see the terminal's
                 ranks.append(_start(command, len(ranks), shared, handed, stack))
@@ -112,39 +85,23 @@ def launch(command: Sequence[str], num_ranks: int, *, grace_s: float = _GRACE_S)
         return _exit_code(failed)
 
 
-def _variables(num_ranks: int, port: int) -> dict[str, str]:
-    """The environment that all ranks share: what torchrun sets, and a fair part of the CPU for each."""
-    return {
-        "OMP_NUM_THREADS": str(max(1, num_cpus() // num_ranks)),
-        "TORCH_CPP_LOG_LEVEL": "ERROR",  # a peer that has gone is told of in words, not in stacks of addresses
-        **os.environ,
-        "WORLD_SIZE": str(num_ranks),
-        "LOCAL_WORLD_SIZE": str(num_ranks),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        LAUNCHER: str(os.getpid()),
-    }
-
-
 def _start(
     command: Sequence[str], number: int, shared: Mapping[str, str], handed: Mapping[str, int], stack: ExitStack
-) -> _Rank:
+) -> RankProcess:
     """Start one rank; only rank 0 is handed the open files."""
     own = {"RANK": str(number), "LOCAL_RANK": str(number)}
     if number == 0:
         own.update((name, str(file)) for name, file in handed.items())
-        return _Rank(0, subprocess.Popen(command, env={**shared, **own}, pass_fds=tuple(handed.values())), None)
+        return RankProcess(0, start(command, {**shared, **own}, pass_fds=tuple(handed.values())), None)
     said = stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115
-    process = subprocess.Popen(
-        command, env={**shared, **own}, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=said
-    )
-    return _Rank(number, process, said)
+    process = start(command, {**shared, **own}, stdin=DEVNULL, stdout=DEVNULL, stderr=said)
+    return RankProcess(number, process, said)
 
 
-def _wait(ranks: list[_Rank], wishes: _Wishes, grace_s: float) -> _Rank | None:
+def _wait(ranks: list[RankProcess], wishes: _Wishes, grace_s: float) -> RankProcess | None:
     """Wait until all have ended, or have been ended; the one that failed first, None where none did."""
     running = list(ranks)
-    failed: _Rank | None = None
+    failed: RankProcess | None = None
     ending: _Ending | None = None
     num_heard = 0
     while running:
@@ -172,7 +129,7 @@ class _Ending:
         self._number = number
         self._has_asked = False
 
-    def go_on(self, running: list[_Rank]) -> None:
+    def go_on(self, running: list[RankProcess]) -> None:
         """Do to those that still run what it is time for."""
         now_s = time.monotonic()
         if now_s >= self._kills_s:
@@ -184,32 +141,30 @@ class _Ending:
                 rank.process.send_signal(self._number)
 
 
-def _kill(ranks: list[_Rank]) -> None:
+def _kill(ranks: list[RankProcess]) -> None:
     """End at once what still runs, and reap it."""
     left = [rank for rank in ranks if rank.process.poll() is None]
     for rank in left:
-        rank.process.kill()
+        rank.kill()
     for rank in left:
         rank.process.wait()
     if any(rank.number == 0 for rank in left) and sys.stderr.isatty():
         print(_SHOW_CURSOR, end="", file=sys.stderr, flush=True)  # its bars hid it
 
 
-def _exit_code(rank: _Rank) -> int:
+def _exit_code(rank: RankProcess) -> int:
     code = rank.process.returncode
     return 128 - code if code < 0 else code
 
 
-def _explain(failed: _Rank, told: str) -> None:
+def _explain(failed: RankProcess, told: str) -> None:
     """Say which rank failed and show what it said; nothing where rank 0 has told the user the same."""
     code = failed.process.returncode
     tail = failed.tail()
     if code > 0 and (failed.number == 0 or (told.strip() and " ".join(told.split()) in " ".join(tail.split()))):
         return
-    how = f"exit {code}" if code > 0 else f"signal {-code}, {signal.Signals(-code).name}"
-    print(
-        f"rank {failed.number} failed ({how}){':' if tail else '.'}", *filter(None, [tail]), sep="\n", file=sys.stderr
-    )
+    first = f"rank {failed.number} failed ({failed.how_it_ended}){':' if tail else '.'}"
+    print(first, *filter(None, [tail]), sep="\n", file=sys.stderr)
 
 
 @contextmanager

@@ -9,31 +9,29 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import time
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
+from subprocess import PIPE, TimeoutExpired
 from typing import IO, Literal
 
 import msgspec
 
 from penstock.config import LoadConfig, ParallelConfig
-from penstock.distributed.launcher import GROUPS, LAUNCHER, LISTENER
-from penstock.engine.launch import num_cpus
+from penstock.distributed.launcher import GROUPS, LISTENER
+from penstock.engine.processes import LOOPBACK, RankProcess, rank_variables, start
 
 State = Literal["starting", "idle", "busy", "restarting", "failed"]
 
 _FIRST_WAIT_S = 0.5
 _LONGEST_WAIT_S = 60.0
 _LOADING_S = 120.0  # without a word: its libraries may come from a slow disk
-_SHOWN_LINES = 20
-_SHOWN_BYTES = 2**16
 _KEPT_BYTES = 2**23
 _SECRETS = ("PENSTOCK_API_KEYS", "AWS_", "PGPASS", "PGSERVICE", "PGSSL")
 """What names of variables begin with that ranks have no use for."""
-_LOOPBACK = "127.0.0.1"
+_WORKER = (sys.executable, "-P", "-m", "penstock.engine.worker")
 
 
 class WorkConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -54,14 +52,12 @@ class WorkConfig(msgspec.Struct, frozen=True, kw_only=True):
     parallel: ParallelConfig
 
 
-@dataclass
-class Rank:
+@dataclass(kw_only=True)
+class Rank(RankProcess):
     """One process of a group.
 
     Attributes:
-        number: within the group.
         name: on the wire; another one after each start.
-        process: that runs it.
         said: what it prints.
         heard_s: when it last said anything, on the monotonic clock.
         is_ready: whether it has loaded the model.
@@ -71,9 +67,7 @@ class Rank:
         past_bytes: of what it has printed, those of work that it has ended: they say nothing of its own end.
     """
 
-    number: int
     name: str
-    process: subprocess.Popen[bytes]
     said: IO[bytes]
     heard_s: float
     is_ready: bool = False
@@ -82,11 +76,10 @@ class Rank:
     host_bytes: int = 0
     past_bytes: int = 0
 
-    def tail(self) -> str:
-        """The last lines that it printed since it last ended some work."""
-        self.said.seek(max(self.past_bytes, self.said.seek(0, os.SEEK_END) - _SHOWN_BYTES))
-        lines = self.said.read().replace(b"\0", b"").decode(errors="replace").strip().splitlines()
-        return "\n".join(lines[-_SHOWN_LINES:])
+    def last_words(self) -> str:
+        """The last line that it printed since it last ended some work; empty where it was killed, or said nothing."""
+        is_killed = self.process.returncode == -signal.SIGKILL
+        return "" if is_killed else "".join(self.tail(self.past_bytes).splitlines()[-1:])
 
     def rest(self) -> None:
         """It has ended its work."""
@@ -143,7 +136,7 @@ class RankGroup:
         self.num_restarts += 1
         self.begun_s = time.monotonic()
         self.state, self.message = "starting", ""
-        with socket.create_server((_LOOPBACK, 0)) as listener:
+        with socket.create_server((LOOPBACK, 0)) as listener:
             shared = self._variables(listener.getsockname()[1])
             try:
                 for number in range(self.work.parallel.world_size):
@@ -159,34 +152,28 @@ class RankGroup:
         own = {"RANK": str(number), "LOCAL_RANK": str(number), **({LISTENER: str(listener)} if is_first else {})}
         with ExitStack() as unless_started:
             unless_started.callback(said.close)
-            process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "penstock.engine.worker"],
-                env={**shared, **own},
-                stdin=subprocess.PIPE,
+            process = start(
+                _WORKER,
+                {**shared, **own},
+                has_session=True,  # the terminal's Ctrl-C is for who started the engine
+                stdin=PIPE,
                 stdout=said,
                 stderr=said,
                 pass_fds=(listener,) if is_first else (),
-                start_new_session=True,  # the terminal's Ctrl-C is for who started the engine
             )
             unless_started.pop_all()
         if process.stdin is not None:
             with suppress(BrokenPipeError), process.stdin as told:  # it is dead already, which is noticed
                 told.write(msgspec.json.encode(msgspec.structs.replace(self.work, name=name)))
-        return Rank(number, name, process, said, time.monotonic())
+        return Rank(number=number, name=name, process=process, said=said, has_session=True, heard_s=time.monotonic())
 
     def _variables(self, port: int) -> dict[str, str]:
         """The environment that the ranks share: what torchrun sets, their own GPUs, and a fair part of the CPU."""
         num_ranks = self.work.parallel.world_size
+        shared = rank_variables(num_ranks, num_ranks * self.num_groups, port)
         variables = {
-            "OMP_NUM_THREADS": str(max(1, num_cpus() // (num_ranks * self.num_groups))),
-            "TORCH_CPP_LOG_LEVEL": "ERROR",  # a peer that has gone is told of in words, not in stacks of addresses
             **dict.fromkeys(("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"), "critical"),
-            **{name: value for name, value in os.environ.items() if not name.startswith(_SECRETS)},
-            "WORLD_SIZE": str(num_ranks),
-            "LOCAL_WORLD_SIZE": str(num_ranks),
-            "MASTER_ADDR": _LOOPBACK,
-            "MASTER_PORT": str(port),
-            LAUNCHER: str(os.getpid()),
+            **{name: value for name, value in shared.items() if not name.startswith(_SECRETS)},
             GROUPS: str(self.num_groups),
         }
         if self.num_groups > 1:
@@ -232,8 +219,7 @@ class RankGroup:
     def kill(self) -> None:
         """End all processes; they are gone some moments later, when the system has taken back what they held."""
         for rank in self.ranks:
-            if rank.process.poll() is None:
-                rank.process.kill()
+            rank.kill()
         self._leaving += self.ranks
         self.ranks.clear()
 
@@ -247,13 +233,11 @@ class RankGroup:
     def wait(self, deadline_s: float) -> None:
         """Wait until all processes have ended, or that time on the monotonic clock has come."""
         for rank in (*self.ranks, *self._leaving):
-            with suppress(subprocess.TimeoutExpired):
+            with suppress(TimeoutExpired):
                 rank.process.wait(max(0.0, deadline_s - time.monotonic()))
 
 
 def how_it_ended(rank: Rank) -> str:
-    """In words: the exit code or the signal of a process, and the last line that it printed, unless it was killed."""
-    code = rank.process.returncode
-    how = f"signal {-code}, {signal.strsignal(-code) or 'unknown'}" if code < 0 else f"exit {code}"
-    last = rank.tail().splitlines()[-1:] if code != -signal.SIGKILL else []
-    return f"rank {rank.number} died ({how}){': ' + last[0] if last else ''}"
+    """In words: the exit code or the signal of a process, and its last words."""
+    last = rank.last_words()
+    return f"rank {rank.number} died ({rank.how_it_ended}){': ' if last else ''}{last}"
