@@ -26,7 +26,7 @@ from typing import Any, AnyStr, Self
 
 from penstock.distributed.launcher import bound, end_with
 
-__all__ = ["DEVNULL", "PIPE", "STDOUT", "CompletedProcess", "Process", "TimeoutExpired", "forked", "run"]
+__all__ = ["DEVNULL", "PIPE", "STDOUT", "CompletedProcess", "Fork", "Process", "TimeoutExpired", "forked", "run"]
 
 MARK = "PENSTOCK_TEST_MARK"
 """Variable that tells the processes of one test's process from all others."""
@@ -95,31 +95,59 @@ def run(
     return done
 
 
-def forked(act: Callable[[], object], timeout_s: int = 60) -> int:
-    """Do something in a fork of this process.
+class Fork:
+    """A fork of this process that does something, and is killed when its block is left.
 
     Args:
         act: returns an exit code, or None for 0; an exception is 1.
         timeout_s: after which it is killed by SIGALRM.
-
-    Returns:
-        The exit code, -n for signal n.
     """
-    parent = os.getpid()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of forks beside threads
-        child = os.fork()
-    if child == 0:
-        code: Any = 1
-        try:
-            signal.alarm(timeout_s)
-            end_with(parent)
-            code = act() or 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+    def __init__(self, act: Callable[[], object], timeout_s: int = 60) -> None:
+        parent = os.getpid()
+        self._code: int | None = None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of forks beside threads
+            self.pid = os.fork()
+        if self.pid == 0:
+            code: Any = 1
+            try:
+                signal.alarm(timeout_s)
+                end_with(parent)
+                code = act() or 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(code)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.kill()
+
+    def kill(self) -> None:
+        """Kill it, and wait until it has ended."""
+        if self._code is None:
+            send(self.pid, signal.SIGKILL)
+            self.wait()
+
+    def wait(self) -> int:
+        """Wait until it has ended; its exit code, -n for signal n."""
+        if self._code is None:
+            self._code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        return self._code
+
+
+def forked(act: Callable[[], object]) -> int:
+    """The exit code of a fork that does something; see `Fork`."""
+    with Fork(act) as child:
+        return child.wait()
+
+
+def marked(mark: str) -> list[int]:
+    """The processes that run and carry a mark, or one that begins with it."""
+    return [pid for pid in pids() if mark_of(pid).startswith(mark)]
 
 
 def await_that(condition: Callable[[], object], timeout_s: float = 60.0) -> None:
@@ -131,7 +159,7 @@ def await_that(condition: Callable[[], object], timeout_s: float = 60.0) -> None
     deadline_s = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline_s
-        time.sleep(_POLL_S)
+        time.sleep(4 * _POLL_S)
 
 
 def send(pid: int, number: signal.Signals) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import socket
 import sys
@@ -21,6 +22,7 @@ from penstock.config import ParallelConfig
 from penstock.errors import ConfigError
 from tests import processes
 
+NUM_KILLS = 10
 SMALL = ("--size", "56x40", "--steps", "2", "--device", "cpu")
 RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PENSTOCK_LAUNCHER")
 
@@ -206,9 +208,30 @@ def test_killed_rank_of_sharded_weights_ends_all(
 
 
 def ranks_of(launcher: int) -> list[str]:
-    """The memory maps of a launcher's two ranks."""
-    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
+    """The memory maps of a launcher's two ranks, whichever of its threads has started them."""
+    threads = Path(f"/proc/{launcher}/task").glob("*/children")
+    children = [child for thread in threads for child in thread.read_text().split()]
     try:
         return [Path(f"/proc/{child}/maps").read_text() for child in children] if len(children) == 2 else [""]
     except OSError:
         return [""]
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("command", ["generate", "serve"])
+def test_no_rank_outlives_a_command_that_is_killed(command: str, elsewhere: Path) -> None:
+    """At any moment, from its first to the denoising of real ranks."""
+    asked = ("demo", "x", "--steps", "100000") if command == "generate" else ("demo", "--port", "0")
+    words = [sys.executable, "-m", "penstock", command, *asked, "--device", "cpu", "--ulysses-degree", "2"]
+    environment = {**os.environ, "XDG_CACHE_HOME": str(elsewhere)}
+    moments, options = random.Random(7), {"env": environment, "stderr": processes.DEVNULL, "stdout": processes.DEVNULL}
+    begun_s = time.monotonic()
+    with processes.Process[bytes](words, **options) as process:
+        processes.await_that(lambda: all("diffusion_pytorch_model" in maps for maps in ranks_of(process.pid)), 240)
+        whole_s = time.monotonic() - begun_s
+    for _ in range(NUM_KILLS):
+        with processes.Process[bytes](words, **options) as process:
+            time.sleep(moments.uniform(0, 1.2 * whole_s))
+            process.kill()
+            process.wait()
+            processes.await_that(lambda process=process: not process.left())  # type: ignore[misc]

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import os
+import random
+import secrets
 import signal
 import sys
 import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
-from penstock.distributed.launcher import LAUNCHER, SECRET
+from penstock.config import LoadConfig, ParallelConfig
+from penstock.distributed.launcher import LAUNCHER, SECRET, bound
+from penstock.engine import rankgroup
+from penstock.engine.launch import launch
 from penstock.engine.processes import RankProcess, most_ranks, rank_variables, require_startable, start
+from penstock.engine.rankgroup import RankGroup, WorkConfig
 from penstock.errors import ConfigError
 from tests import processes
 
@@ -67,3 +77,72 @@ def test_the_last_lines_are_kept() -> None:
         assert rank.tail().splitlines() == [str(number) for number in range(19_960, 20_000)]
         assert rank.tail(said.tell() - 6) == "19999"
         assert RankProcess(0, process, None).tail() == "" and rank.how_it_ended == "exit 0"
+
+
+def by_launcher() -> None:
+    launch(["sleep", "1000"], 2)
+
+
+def by_engine() -> None:
+    """As an engine does it: in a thread that lives as long as the ranks."""
+    rankgroup._WORKER = ("sleep", "1000")
+    work = WorkConfig(address="", name="", model="", load=LoadConfig(), parallel=ParallelConfig(ulysses_degree=2))
+    threading.Thread(target=lambda: (RankGroup(0, 1, work).start(), time.sleep(1000)), daemon=True).start()
+    time.sleep(1000)
+
+
+def with_mark(starter: Callable[[], None], mark: str) -> Callable[[], None]:
+    def act() -> None:
+        os.environ[processes.MARK] = mark  # what it starts finds it there
+        starter()
+
+    return act
+
+
+def have_begun(mark: str) -> bool:
+    """Whether both ranks are what they were to become."""
+    return [Path(f"/proc/{pid}/comm").read_text() for pid in processes.marked(mark)] == ["sleep\n"] * 2
+
+
+@pytest.mark.parametrize("starter", [by_launcher, by_engine])
+def test_no_rank_outlives_who_started_it_whenever_that_is_killed(starter: Callable[[], None]) -> None:
+    """Fifty times each, from before the first rank is started until after both have begun."""
+    moments, run = random.Random(7), secrets.token_hex(8)
+    begun_s = time.monotonic()
+    with processes.Fork(with_mark(starter, f"{run}-whole")):
+        processes.await_that(lambda: have_begun(f"{run}-whole"))
+        whole_s = time.monotonic() - begun_s
+    for number in range(50):
+        with processes.Fork(with_mark(starter, f"{run}-{number}")) as child:
+            time.sleep(moments.uniform(0, 1.2 * whole_s))
+            child.kill()
+        processes.await_that(lambda: not processes.marked(run))
+    assert not processes.marked(run)
+
+
+@pytest.mark.parametrize("starter", [by_launcher, by_engine])
+def test_ranks_that_are_not_bound_outlive_who_started_them(
+    starter: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The control of the test above."""
+    monkeypatch.setattr("penstock.engine.processes.bound", list)
+    mark = secrets.token_hex(8)
+    try:
+        with processes.Fork(with_mark(starter, mark)) as child:
+            processes.await_that(lambda: have_begun(mark))
+            child.kill()
+        assert have_begun(mark)
+    finally:
+        while left := processes.marked(mark):
+            for pid in left:
+                processes.send(pid, signal.SIGKILL)
+
+
+def test_a_command_whose_starter_has_ended_is_not_run(tmp_path: Path) -> None:
+    """The race: it ends after the fork, and before the kernel is asked to tell of its end."""
+    command = bound(["touch", str(tmp_path / "ran")])
+    living = processes.run(command)  # its parent is this very process
+    assert living.returncode == 0 and (tmp_path / "ran").exists()
+    (tmp_path / "ran").unlink()
+    ended = processes.run([*command[:4], "999999999", *command[5:]])
+    assert ended.returncode == 1 and not (tmp_path / "ran").exists()
