@@ -25,11 +25,18 @@ torch.set_num_threads(1)  # the tests are small; several threads only wait for e
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave what is marked `thorough` to `make thorough`."""
-    left_out = [] if IS_THOROUGH else [item for item in items if item.get_closest_marker("thorough")]
+    """Leave what is marked `thorough` to `make thorough`, and what needs a GPU to machines that have one."""
+    left_out = [item for item in items if any(item.get_closest_marker(name) for name in _left_out_marks())]
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]
+
+
+def _left_out_marks() -> list[str]:
+    """The marks whose tests do not run here; `PENSTOCK_GPU_TESTS=cpu` has those for GPUs run on the CPU."""
+    num_devices = 2 if "PENSTOCK_GPU_TESTS" in os.environ else torch.cuda.device_count()
+    marks = {"thorough": IS_THOROUGH, "gpu": num_devices > 0, "gpus": num_devices > 1}
+    return [name for name, is_wanted in marks.items() if not is_wanted]
 
 
 @pytest.hookimpl(trylast=True)
