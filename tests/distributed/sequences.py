@@ -18,10 +18,9 @@ from penstock.distributed.mesh import Mesh, build_mesh
 from penstock.distributed.sequence.blocks import apply_sequence, check_sequence
 from penstock.errors import PenstockError
 from penstock.models.rows.row import Row, StackRow
+from tests.tolerance import difference, tolerance_of
 from tests.zoo import denoisers
 from tests.zoo.denoisers import others
-
-TOLERANCE = 1e-4
 
 CASES = {**denoisers.CASES, **{case.name: case for case in others.CASES}}
 
@@ -57,13 +56,6 @@ def run(model: torch.nn.Module, inputs: dict[str, Any]) -> list[torch.Tensor]:
         return tensors_of(model(**inputs))
 
 
-def difference(one: list[torch.Tensor], other: list[torch.Tensor]) -> float:
-    """The largest difference, relative to the largest value; infinite for another shape."""
-    if [tensor.shape for tensor in one] != [tensor.shape for tensor in other]:
-        return float("inf")
-    return max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(one, other, strict=True))
-
-
 @contextmanager
 def without_exchange() -> Iterator[None]:
     """Ranks that keep to themselves what attention would send."""
@@ -88,8 +80,9 @@ def compare(
     dtype: torch.dtype = torch.float32,
     change: Callable[[Row], Row] = same,
     more: Callable[[str], dict[str, Any]] = lambda size: {},
-) -> dict[tuple[Degrees, str], tuple[float, float]]:
-    """On every rank: how far the split denoiser is from the plain one, and how far where attention exchanges nothing.
+) -> dict[tuple[Degrees, str], tuple[float, float, float]]:
+    """On every rank: how far the split denoiser is from the plain one, how far where attention exchanges nothing, and
+    how far it may be.
 
     Args:
         name: of the case.
@@ -109,6 +102,7 @@ def compare(
         return run(model, cast({**case.inputs(size), **more(size)}, dtype))
 
     plain = {size: forward(size) for size in sizes}
+    allowed = {size: tolerance_of(model, lambda size=size: forward(size), plain[size]) for size in sizes}
     measured = {}
     for pair in degrees:
         undo = apply_sequence(model, row, mesh_of(*pair))
@@ -117,7 +111,8 @@ def compare(
             local = {size: forward(size) for size in sizes}
         undo.run()
         for size in sizes:
-            measured[pair, size] = (difference(split[size], plain[size]), difference(local[size], plain[size]))
+            far = difference(split[size], plain[size]), difference(local[size], plain[size])
+            measured[pair, size] = (*far, allowed[size])
     assert difference(forward(sizes[0]), plain[sizes[0]]) == 0
     return measured
 

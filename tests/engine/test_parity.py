@@ -18,7 +18,7 @@ from penstock import ConfigError, GenerationRequest
 from penstock.config import ParallelConfig
 from penstock.distributed.mesh import build_mesh
 from penstock.distributed.stages import apply_stages
-from penstock.engine.parity import Verification, compare, damaged_weight, record
+from penstock.engine.parity import Verification, allowed, compare, damaged_weight, record, rounded_otherwise
 from penstock.models.rows.table import row_of
 from tests import zoo
 from tests.models.toys import Decoder
@@ -121,6 +121,27 @@ def test_verify_passes_and_the_control_is_noticed(zoo_folder: Callable[[str], Pa
     assert all(difference.relative > 1e-3 for difference in verification.control)
     told = json.loads(verification.to_json())
     assert told["passed"] is True and told["differences"][0]["is_equal"] is True
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("flux", torch.float32), ("wan21", torch.float32), ("flux", torch.bfloat16)], ids=str
+)
+def test_a_run_that_rounds_otherwise_is_allowed_and_a_damaged_one_is_not(name: str, dtype: torch.dtype) -> None:
+    pipeline, call = zoo.build(name, dtype), dict(zoo.ENTRIES[name].call)
+    reference = record(pipeline, call, 0)
+    with rounded_otherwise(pipeline):
+        moved = compare(reference, record(pipeline, call, 0))
+    tolerance = allowed(moved, dtype)
+    assert all(0 < difference.relative <= tolerance for difference in moved)
+    with damaged_weight(pipeline):
+        assert not any(item.is_within(tolerance) for item in compare(reference, record(pipeline, call, 0)))
+    assert all(difference.is_equal for difference in compare(reference, record(pipeline, call, 0)))
+    assert not any(module._forward_hooks for module in pipeline.transformer.modules())
+
+
+def test_a_plain_run_that_is_not_finite_allows_no_more_than_the_last_units() -> None:
+    moved = compare({"a": np.array([1.0, np.nan])}, {"a": np.array([1.0, np.nan])})
+    assert allowed(moved, torch.float32) == allowed((), torch.float32) == 4 * torch.finfo(torch.float32).eps
 
 
 def verified(folder: Path, degrees: dict[str, int]) -> str:

@@ -18,10 +18,8 @@ from penstock.engine.splits import check_splits
 from penstock.errors import ConfigError
 from penstock.undo import Undo
 from tests import zoo
-from tests.distributed.sequences import difference
 from tests.ranks import run_ranks
-
-TOLERANCE = 1e-4
+from tests.tolerance import difference, tolerance_of, tolerance_of_pipeline
 
 
 @pytest.mark.parametrize(
@@ -81,8 +79,8 @@ def load_split(folder: Path, name: str, degrees: dict[str, int], options: dict[s
     placed.remove()
     assert not parallel_state.model_parallel_is_initialized()
     again = zoo.tensors(zoo.run(pipeline, name, seed=5))
-    assert difference(list(again), list(plain)) < TOLERANCE
-    return difference(list(result), list(plain)), share, told
+    assert difference(again, plain) < tolerance_of_pipeline(name, seed=5)
+    return difference(result, plain), share, told
 
 
 @pytest.mark.parametrize(
@@ -100,7 +98,7 @@ def test_a_loaded_pipeline_is_split_and_put_back(
     zoo_folder: Callable[[str], Path], name: str, degrees: dict[str, int], options: dict[str, Any]
 ) -> None:
     for far, share, told in run_ranks(4, load_split, zoo_folder(name), name, degrees, options):
-        assert far < TOLERANCE
+        assert far < tolerance_of_pipeline(name, seed=5)
         if options == {"offload": "none"}:
             assert share < 0.75
         assert "split " in told and "received" in told
@@ -227,19 +225,21 @@ class Alternating:
 
 
 def alternate(options: dict[str, Any]) -> float:
-    """On every rank: how far two branches on two ranks that share weights are from one rank's, encoders in between."""
+    """On every rank: how far two branches on two ranks that share weights are from one rank's, as a share of what is
+    allowed, encoders in between."""
     pipeline = Alternating()
     plain = pipeline()
     parallel = ParallelConfig(use_hsdp=True, cfg_parallel_size=2)
     with penstock.apply(pipeline, device="cpu", parallel=parallel, **options):
         found = pipeline()
     assert not any(module._forward_pre_hooks for module in pipeline.text_encoder.modules())
-    return difference(found, plain)
+    other = Alternating()
+    return difference(found, plain) / tolerance_of([other.transformer, other.text_encoder], other, plain)
 
 
 @pytest.mark.parametrize(
     "options", [{"offload": "layerwise", "max_weight_memory": "least"}, {"offload": "sequential"}], ids=str
 )
 def test_what_runs_between_the_calls_of_a_step_gathers_at_the_same_place(options: dict[str, Any]) -> None:
-    for far in run_ranks(2, alternate, options, timeout_s=20):
-        assert far < TOLERANCE
+    for share in run_ranks(2, alternate, options):
+        assert share < 1

@@ -15,7 +15,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 import penstock
 from penstock.config import ParallelConfig
 from penstock.errors import ConfigError
-from tests.distributed.sequences import difference, tensors_of
+from tests.distributed.sequences import tensors_of
+from tests.tolerance import difference, tolerance_of
 from tests.turns import IS_THOROUGH, by_turns
 from tests.zoo.denoisers import CASES
 
@@ -33,14 +34,14 @@ class Outcome:
         degrees: those that are on.
         is_streamed: whether weights were streamed.
         is_sharded: whether ranks with the same weights held them together.
-        difference: to the plain run, relative; None where it was refused.
+        share: difference to the plain run as a share of what is allowed; None where it was refused.
         refusal: why it was.
     """
 
     degrees: tuple[tuple[str, int], ...]
     is_streamed: bool
     is_sharded: bool
-    difference: float | None
+    share: float | None
     refusal: str = ""
 
 
@@ -106,7 +107,9 @@ def try_all(name: str, world_size: int) -> list[Outcome]:
     """On every rank: the outcome of every combination for one denoiser."""
     case = CASES[name]
     inputs = case.inputs("odd")
-    plain = Guided(case.build(heads=HEADS))(inputs, case.streams)
+    stock = Guided(case.build(heads=HEADS))
+    plain = stock(inputs, case.streams)
+    allowed = tolerance_of(stock.transformer, lambda: stock(inputs, case.streams), plain)
     outcomes = []
     for degrees, options, shards in ways(world_size):
         on = tuple((axis, size) for axis, size in degrees.items() if size > 1)
@@ -119,5 +122,5 @@ def try_all(name: str, world_size: int) -> list[Outcome]:
             continue
         found = pipeline(inputs, case.streams)
         placed.remove()
-        outcomes.append(Outcome(on, options is STREAMED, bool(shards), difference(found, plain)))
+        outcomes.append(Outcome(on, options is STREAMED, bool(shards), difference(found, plain) / allowed))
     return outcomes

@@ -20,12 +20,11 @@ from penstock.errors import UsageError
 from penstock.offload import released, streamer
 from penstock.offload.gather import GatherTransfer
 from tests import zoo
-from tests.distributed.sequences import difference
 from tests.parity.test_memory import live_bytes, mapped
 from tests.ranks import run_ranks
+from tests.tolerance import difference, tolerance_of, tolerance_of_pipeline
 from tests.turns import by_turns
 
-TOLERANCE = 1e-4
 FAMILIES = [name for name in zoo.NAMES if name != "stranger"]
 ON_FOUR = ["flux", "wan22", "ltx2"]
 DEEP = {"num_layers": 10, "num_single_layers": 30}
@@ -41,7 +40,11 @@ def made(pipeline: Any, name: str, **overrides: Any) -> list[Tensor]:
 
 
 def try_family(name: str, folder: Path, size: int) -> dict[str, float]:
-    """On every rank: how far ways to shard are from the plain pipeline, by turns; every fill is hashed."""
+    """On every rank: how far ways to shard are from the plain pipeline, by turns; every fill is hashed.
+
+    A pipeline from files is compared with one from files, and one built in memory with one built in memory: only then
+    do weights lie alike, so that kernels which round by alignment round alike.
+    """
     plain = made(DiffusionPipeline.from_pretrained(folder), name)
     found = {}
     for way in by_turns(("sharded", "layerwise", "sequential"), 3, zoo.NAMES.index(name)):
@@ -52,9 +55,10 @@ def try_family(name: str, folder: Path, size: int) -> dict[str, float]:
         assert placed.plan.shard_bytes < placed.report().peak_bytes <= placed.plan.promised_bytes
         placed.remove()
     pipeline = zoo.build(name)
+    built = made(pipeline, name)
     with penstock.apply(pipeline, parallel=shards(size), device="cpu", check=True):
-        found["in memory"] = difference(made(pipeline, name), plain)
-    found["removed"] = difference(made(pipeline, name), plain)
+        found["in memory"] = difference(made(pipeline, name), built)
+    found["removed"] = difference(made(pipeline, name), built)
     return found
 
 
@@ -64,13 +68,13 @@ def test_two_ranks_make_the_picture_from_halves(name: str, zoo_folder: Callable[
         assert found["removed"] == 0
         ways = [found[way] for way in ("sharded", "layerwise", "sequential") if way in found]
         assert ways and max(ways) == 0  # weights lie as in the plain run
-        assert found["in memory"] < TOLERANCE
+        assert found["in memory"] < tolerance_of_pipeline(name)  # on shards they lie at the begin of cache lines
 
 
 @pytest.mark.parametrize("name", by_turns(ON_FOUR, 3, 2))
 def test_four_ranks_make_the_picture_from_quarters(name: str, zoo_folder: Callable[[str], Path]) -> None:
     for found in run_ranks(4, try_family, name, zoo_folder(name), 4):
-        assert max(found.values()) < TOLERANCE
+        assert max(found.values()) < tolerance_of_pipeline(name)
 
 
 def try_wrong_part(folder: Path) -> bool:
@@ -85,7 +89,7 @@ def try_wrong_part(folder: Path) -> bool:
             store.memory.view(torch.float32)[1024:2048] *= 1.5
     result = made(pipeline, "flux")
     placed.remove()
-    return difference(result, plain) < TOLERANCE
+    return difference(result, plain) < tolerance_of_pipeline("flux")
 
 
 def test_wrong_parts_would_be_noticed(zoo_folder: Callable[[str], Path]) -> None:
@@ -225,20 +229,23 @@ class TwoStages:
 
 
 def try_two_stages(size: int) -> list[float]:
-    """On every rank: how far two stages from shards, on the devices and off them, are from the plain ones."""
-    plain, found = TwoStages()(), []
+    """On every rank: how far two stages from shards, on the devices and off them, are from the plain ones, as a share
+    of what is allowed."""
+    stock, found = TwoStages(), []
+    plain = stock()
+    allowed = tolerance_of([stock.pipe, stock.upsample.latent_upsampler], stock, plain)
     for way in ("sharded", "layerwise"):
         pipeline = TwoStages()
         with penstock.apply(pipeline, parallel=shards(size), device="cpu", offload=way, check=True) as placed:
             assert {unit.component for unit in placed.plan.units} >= {"pipe.transformer", "upsample.latent_upsampler"}
-            found.append(difference(pipeline(), plain))
+            found.append(difference(pipeline(), plain) / allowed)
     return found
 
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_two_stages_of_ltx2(size: int) -> None:
     for found in run_ranks(size, try_two_stages, size):
-        assert max(found) < TOLERANCE
+        assert max(found) < 1
 
 
 def try_sharing(folder: Path, way: str) -> tuple[float, int, int]:
@@ -263,22 +270,26 @@ def test_two_calls_of_guidance_gather_a_block_once(way: str, zoo_folder: Callabl
 
 
 def try_without_guidance(name: str, way: str) -> float:
-    """On every rank: how far a pipeline without guidance, whose guidance would be split, is from the plain one."""
+    """On every rank: how far a pipeline without guidance, whose guidance would be split, is from the plain one, as a
+    share of what is allowed."""
     plain = made(zoo.build(name), name, guidance_scale=1.0)
     pipeline = zoo.build(name)
     parallel = ParallelConfig(cfg_parallel_size=2, use_hsdp=True)
     with penstock.apply(pipeline, parallel=parallel, device="cpu", offload=way):
-        return difference(made(pipeline, name, guidance_scale=1.0), plain)
+        return difference(made(pipeline, name, guidance_scale=1.0), plain) / tolerance_of_pipeline(
+            name, guidance_scale=1.0
+        )
 
 
 @pytest.mark.parametrize("way", ["sharded", "layerwise", "sequential"])
 def test_without_guidance_ranks_gather_in_one_order(way: str) -> None:
-    for far in run_ranks(2, try_without_guidance, "wan21", way, timeout_s=60):
-        assert far < TOLERANCE
+    for share in run_ranks(2, try_without_guidance, "wan21", way):
+        assert share < 1
 
 
 def try_tied(swaps: bool) -> list[float]:
-    """On every rank: two weights tied across blocks, whose memory lies in another order on one of them."""
+    """On every rank: two weights tied across blocks, whose memory lies in another order on one of them; how far runs
+    are from the plain one, as a share of what is allowed."""
     pipeline = zoo.build("flux")
     blocks = pipeline.transformer.single_transformer_blocks
     size = blocks[0].attn.to_q.weight.shape
@@ -290,21 +301,22 @@ def try_tied(swaps: bool) -> list[float]:
         for block in blocks[:2]:
             getattr(block.attn, name).weight = torch.nn.Parameter(room[number])
     plain = made(pipeline, "flux")
+    allowed = tolerance_of_pipeline("flux")
     with penstock.apply(pipeline, parallel=shards(2), device="cpu", offload="sharded"):
         found = made(pipeline, "flux")
-    return [difference(found, plain), difference(made(pipeline, "flux"), plain)]
+    return [difference(found, plain) / allowed, difference(made(pipeline, "flux"), plain) / allowed]
 
 
 @pytest.mark.parametrize("swaps", [False, True])
 def test_tied_weights_that_lie_elsewhere_on_another_rank(swaps: bool) -> None:
     for run, removed in run_ranks(2, try_tied, swaps):
-        assert run < TOLERANCE and removed < TOLERANCE
+        assert run < 1 and removed < 1
 
 
 def try_written(way: str) -> list[str]:
     """On every rank: what runs say after a weight was changed in place, and how the last one came out."""
     pipeline = zoo.build("flux")
-    plain = made(pipeline, "flux")
+    plain, allowed = made(pipeline, "flux"), tolerance_of_pipeline("flux")
     said = []
     with penstock.apply(pipeline, parallel=shards(2), device="cpu", offload=way):
         made(pipeline, "flux")
@@ -314,7 +326,7 @@ def try_written(way: str) -> list[str]:
                     tensor.mul_(2)
         for _ in range(2):
             try:
-                said.append("equal" if difference(made(pipeline, "flux"), plain) < TOLERANCE else "different")
+                said.append("equal" if difference(made(pipeline, "flux"), plain) < allowed else "different")
             except UsageError:
                 said.append("refused")
     return said

@@ -24,7 +24,9 @@ class LimitOptions:
     """What counts as the same picture."""
 
     tolerance: float | None = option(
-        None, "Largest relative difference that passes; 0, bit equality, unless ranks make sums in another order.", "N"
+        None,
+        "Largest relative difference that passes. 0, bit equality; measured where ranks make sums in another order.",
+        "N",
     )
     reference_dtype: str | None = option(None, "dtype of the plain run; the same where left out.", "NAME")
 

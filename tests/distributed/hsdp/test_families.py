@@ -19,6 +19,7 @@ from penstock.models.stacks import find_stacks
 from tests.distributed.hsdp.toys import config
 from tests.distributed.sequences import CASES, cast, difference, mesh_of, run
 from tests.ranks import run_ranks
+from tests.tolerance import tolerance_of
 from tests.zoo import encoders, tokenizers
 
 FOUR = ("flux", "wan", "ltx2")
@@ -103,10 +104,12 @@ def test_sixteen_bits_are_those_of_loading() -> None:
 
 
 def with_sequence(is_first: bool) -> tuple[float, list[torch.Tensor]]:
-    """A denoiser whose weights are sharded over the ranks that its sequence is split over."""
+    """A denoiser whose weights are sharded over the ranks that its sequence is split over: how far, as a share of what
+    is allowed, and what it makes."""
     case = CASES["flux"]
     model = case.build()
     expected = run(model, case.inputs("odd"))
+    allowed = tolerance_of(model, lambda: run(model, case.inputs("odd")), expected)
     mesh = mesh_of(2, 1)
     if is_first:
         apply_sequence(model, check_sequence(model, ParallelConfig()), mesh)
@@ -115,13 +118,13 @@ def with_sequence(is_first: bool) -> tuple[float, list[torch.Tensor]]:
         apply_sequence(model, check_sequence(model, ParallelConfig()), mesh)
     run(model, case.inputs("odd"))
     made = run(model, case.inputs("odd"))
-    return difference(made, expected), made
+    return difference(made, expected) / allowed, made
 
 
 def test_sequences_are_split_over_the_same_ranks_before_or_after() -> None:
     before, after = (run_ranks(2, with_sequence, is_first) for is_first in (True, False))
     for (far, made), (other_far, other) in zip(before, after, strict=True):
-        assert far < 1e-4 and other_far < 1e-4
+        assert far < 1 and other_far < 1
         assert difference(made, other) == 0
 
 

@@ -15,6 +15,7 @@ from tests.distributed.sequence.pieces import noise, streams_of, streams_on
 from tests.distributed.sequence.test_kernels import attention
 from tests.distributed.sequences import mesh_of
 from tests.ranks import run_ranks
+from tests.tolerance import difference, tolerance_of
 
 LENGTHS = {"txt": 5, "img": 13}
 DEGREES = [(4, 1), (1, 4), (2, 2)]
@@ -25,13 +26,15 @@ DEGREES = [(4, 1), (1, 4), (2, 2)]
 @pytest.mark.parametrize(("queries", "keys"), [("txt+img", "txt+img"), ("img", "img+txt"), ("txt", "img")])
 @pytest.mark.parametrize("mask", ["", "keys", "pairs"])
 def test_it_is_the_same(ulysses: int, ring: int, whole: tuple[str, ...], queries: str, keys: str, mask: str) -> None:
-    assert max(run_ranks(4, distance, (ulysses, ring), whole, queries, keys, mask)) < 1e-5
+    for far, allowed in run_ranks(4, distance, (ulysses, ring), whole, queries, keys, mask):
+        assert far < allowed
 
 
 def test_grouped_heads_and_heads_that_do_not_divide() -> None:
     for degrees in DEGREES:
         for heads, kv_heads in ((4, 2), (6, 2), (3, 1), (5, 5)):
-            assert max(run_ranks(4, distance, degrees, (), "img", "img", "", heads, kv_heads)) < 1e-5
+            for far, allowed in run_ranks(4, distance, degrees, (), "img", "img", "", heads, kv_heads):
+                assert far < allowed
 
 
 def test_grouped_keys_travel_as_they_are() -> None:
@@ -59,8 +62,8 @@ def distance(
     mask: str,
     heads: int = 4,
     kv_heads: int = 4,
-) -> float:
-    """How far attention of this rank's tokens, gathered, is from that of all."""
+) -> tuple[float, float]:
+    """How far attention of this rank's tokens, gathered, is from that of all; and how far it may be."""
     asking, asked = Layout.of(queries), Layout.of(keys)
     num_queries, num_keys = (sum(LENGTHS[name] for name in layout.streams) for layout in (asking, asked))
     query, key = noise(2, num_queries, heads, 8), noise(2, num_keys, kv_heads, 8, seed=1)
@@ -70,7 +73,14 @@ def distance(
     streams = streams_on(mesh_of(*degrees), whole, **LENGTHS)
     call = Call(streams.cut(query, asking), streams.cut(key, asked), streams.cut(value, asked), sees)
     found = streams.join(attend(Sight(streams, asking.streams, asked.streams), call, kernel), asking)
-    return float((found - attention(query, key, value, sees, None)).abs().max())
+    return far_from_one(found, query, key, value, sees)
+
+
+def far_from_one(found: Tensor, *given: Tensor | None) -> tuple[float, float]:
+    """How far something is from attention on one rank, and how far it may be."""
+    plain = [attention(*given, None)]
+    moving = [tensor for tensor in given if tensor is not None]
+    return difference([found], plain), tolerance_of(moving, lambda: [attention(*given, None)], plain)
 
 
 def kernel(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
@@ -79,10 +89,11 @@ def kernel(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Te
 
 
 def test_tokens_that_are_left_out_of_a_stream_that_is_whole() -> None:
-    assert max(run_ranks(4, distance_of_fewer, (2, 2))) < 1e-5
+    for far, allowed in run_ranks(4, distance_of_fewer, (2, 2)):
+        assert far < allowed
 
 
-def distance_of_fewer(degrees: tuple[int, int]) -> float:
+def distance_of_fewer(degrees: tuple[int, int]) -> tuple[float, float]:
     """The same, where two of the text's five tokens do not take part."""
     layout = Layout.of("img+txt")
     streams = streams_on(mesh_of(*degrees), ("txt",), **LENGTHS)
@@ -90,9 +101,8 @@ def distance_of_fewer(degrees: tuple[int, int]) -> float:
     local = [streams.cut(tensor, layout)[:, :-2] for tensor in (query, key, value)]
     found = attend(Sight(streams, layout.streams, layout.streams, "absent"), Call(*local), kernel)
     assert streams.lengths == LENGTHS
-    expected = attention(query[:, :-2], key[:, :-2], value[:, :-2], None, None)
     short = streams_on(mesh_of(*degrees), ("txt",), img=13, txt=3)
-    return float((short.join(found, layout) - expected).abs().max())
+    return far_from_one(short.join(found, layout), query[:, :-2], key[:, :-2], value[:, :-2], None)
 
 
 @pytest.mark.parametrize("other", [{"query": 4}, {"key": 4}])
@@ -124,5 +134,6 @@ def causal(degrees: tuple[int, int]) -> str:
         )
     except GenerationError as error:
         return str(error)
-    assert torch.allclose(streams.join(found, layout), attention(tensor, tensor, tensor, sees, None), atol=1e-6)
+    far, allowed = far_from_one(streams.join(found, layout), tensor, tensor, tensor, sees)
+    assert far < allowed
     return ""

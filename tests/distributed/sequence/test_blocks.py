@@ -26,7 +26,6 @@ from penstock.undo import Undo
 from tests.distributed import sequences
 from tests.distributed.sequences import (
     CASES,
-    TOLERANCE,
     ByKeyword,
     compare,
     difference,
@@ -36,6 +35,7 @@ from tests.distributed.sequences import (
     traffic,
 )
 from tests.ranks import run_ranks
+from tests.tolerance import tolerance_of
 from tests.zoo.denoisers import grid, image, kin, video
 from tests.zoo.denoisers.case import noise
 
@@ -45,12 +45,12 @@ FAMILIES = [case.name for kind in (image, video, kin, grid) for case in kind.CAS
 BATCH, WIDTH = 2, 64  # of the cases with four heads
 
 
-def check(world_size: int, name: str, *arguments: Any, tolerance: float = TOLERANCE) -> None:
+def check(world_size: int, name: str, *arguments: Any) -> None:
     """Asserts that the split denoiser is the plain one, and that attention has a part in that."""
     for measured in run_ranks(world_size, compare, name, *arguments):
-        for where, (split, local) in measured.items():
-            assert split < tolerance, where
-            assert local > 10 * tolerance, where
+        for where, (split, local, allowed) in measured.items():
+            assert split < allowed, where
+            assert local > 10 * allowed, where
 
 
 def odd_sizes(name: str) -> tuple[str, ...]:
@@ -91,9 +91,8 @@ def test_heads_that_do_not_divide(name: str) -> None:
 @pytest.mark.parametrize("name", ["flux", "wan"])
 def test_bfloat16(name: str) -> None:
     for measured in run_ranks(4, compare, name, ((4, 1), (2, 2)), ("odd",), 4, torch.bfloat16):
-        assert measured[(4, 1), "odd"][0] < 1e-2, "the same kernel on the same tokens"
-        assert measured[(2, 2), "odd"][0] < 2e-2
-        assert min(local for _, local in measured.values()) > 4e-2
+        for split, local, allowed in measured.values():
+            assert split < allowed < local
 
 
 @pytest.mark.parametrize("name", ["flux", "sd3", "qwen_image", "hunyuan_video"])
@@ -219,13 +218,15 @@ def by_hand(query: Tensor, key: Tensor, value: Tensor, *others: Any, **options: 
 def test_attention_that_does_not_come_to_us_is_an_error(change: Any, name: str, message: str) -> None:
     for said, far in run_ranks(2, call_changed, change, name):
         assert re.match(message, said)
-        assert far < TOLERANCE, "by itself it still works"
+        assert far < 1, "by itself it still works"
 
 
 def call_changed(change: Any, name: str) -> tuple[str, float]:
-    """What a denoiser says that was changed once it was split; and how far it is from itself afterwards."""
+    """What a denoiser says that was changed once it was split; and how far it is from itself afterwards, as a share of
+    what is allowed."""
     model, inputs = CASES[name].build(), CASES[name].inputs("odd")
     kept, plain = F.scaled_dot_product_attention, run(model, inputs)
+    allowed = tolerance_of(model, lambda: run(model, inputs), plain)
     undo = apply_sequence(model, check_sequence(model, ParallelConfig()), mesh_of(2, 1))
     try:
         change(model)
@@ -234,17 +235,18 @@ def call_changed(change: Any, name: str) -> tuple[str, float]:
     finally:
         undo.run()
         F.scaled_dot_product_attention = kept
-    return str(caught.value), difference(run(model, inputs), plain)
+    return str(caught.value), difference(run(model, inputs), plain) / allowed
 
 
 def test_attention_that_a_cache_skips_is_no_error() -> None:
-    for exchanged, far in run_ranks(2, call_with_cache):
+    for exchanged, far, allowed in run_ranks(2, call_with_cache):
         assert exchanged == [2 * 3, 0]
-        assert far < TOLERANCE
+        assert far < allowed
 
 
-def call_with_cache() -> tuple[list[int], float]:
-    """What is exchanged in two steps of which the second one skips attention; and how far that is from one rank's."""
+def call_with_cache() -> tuple[list[int], float, float]:
+    """What is exchanged in two steps of which the second one skips attention; how far that is from one rank's; and how
+    far it may be."""
     mesh = mesh_of(2, 1)
     inputs = CASES["wan"].inputs("odd")
     cache = PyramidAttentionBroadcastConfig(spatial_attention_block_skip_range=2, current_timestep_callback=lambda: 500)
@@ -259,21 +261,25 @@ def call_with_cache() -> tuple[list[int], float]:
             exchanged.append(mesh["ulysses"].traffic.num_calls.get("all_to_all", 0))
         undo.run()
     assert exchanged[:2] == [0, 0]
-    return exchanged[2:], max(difference(found[2], found[0]), difference(found[3], found[1]))
+    plain = CASES["wan"].build()
+    allowed = tolerance_of(plain, lambda: run(plain, {**inputs, "hidden_states": 2 * inputs["hidden_states"]}))
+    return exchanged[2:], max(difference(found[2], found[0]), difference(found[3], found[1])), allowed
 
 
 def test_modules_that_are_called_by_keyword() -> None:
-    assert max(run_ranks(2, call_by_keyword)) < 1e-5
+    for far, allowed in run_ranks(2, call_by_keyword):
+        assert far < allowed
 
 
-def call_by_keyword() -> float:
-    """How far that is from one rank's."""
+def call_by_keyword() -> tuple[float, float]:
+    """How far that is from one rank's, and how far it may be."""
     model, tokens = ByKeyword(), {"hidden_states": noise("tokens", 2, 7, 8)}
     plain = run(model, tokens)
+    allowed = tolerance_of(list(tokens.values()), lambda: run(model, tokens), plain)
     with apply_sequence(model, check_sequence(model, ParallelConfig()), mesh_of(2, 1)) as undo:
         found = run(model, tokens)
     undo.run()
-    return difference(found, plain)
+    return difference(found, plain), allowed
 
 
 def test_arguments_that_a_row_refuses() -> None:

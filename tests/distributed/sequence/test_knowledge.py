@@ -14,6 +14,7 @@ from penstock.distributed.sequence.plan import sequence_plan_of
 from penstock.errors import ConfigError, DeclarationError
 from tests.distributed.sequences import difference, run
 from tests.ranks import run_ranks
+from tests.tolerance import tolerance_of
 from tests.zoo.denoisers import CASES
 
 TWO = ParallelConfig(ulysses_degree=2)
@@ -53,10 +54,11 @@ def test_a_plan_of_the_model_alone_is_checked_too() -> None:
         check_sequences(model, TWO)
 
 
-def split_by(is_declared: bool) -> tuple[float, int]:
+def split_by(is_declared: bool) -> tuple[float, float, int]:
     model = CASES["wan"].build()
     inputs = CASES["wan"].inputs("even")
     plain = run(model, inputs)
+    allowed = tolerance_of(model, lambda: run(model, inputs), plain)
     if is_declared:
         declare(model, sequence_plan_of(model))  # diffusers' own, as if its author had written it for penstock
     mesh = build_mesh(TWO, "cpu")
@@ -66,14 +68,14 @@ def split_by(is_declared: bool) -> tuple[float, int]:
     result = difference(run(model, inputs), plain)
     undo.run()
     assert difference(run(model, inputs), plain) == 0
-    return result, mesh["ulysses"].traffic.num_calls["all_to_all"]
+    return result, allowed, mesh["ulysses"].traffic.num_calls["all_to_all"]
 
 
 def test_the_classes_own_plan_comes_before_the_row() -> None:
-    for (by_row, row_calls), (by_plan, plan_calls) in zip(
+    for (by_row, allowed, row_calls), (by_plan, _, plan_calls) in zip(
         run_ranks(2, split_by, False), run_ranks(2, split_by, True), strict=True
     ):
-        assert by_row < 1e-5 and by_plan < 1e-5
+        assert by_row < allowed and by_plan < allowed
         assert row_calls == plan_calls > 0
 
 
