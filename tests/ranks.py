@@ -27,6 +27,7 @@ from penstock.distributed.launcher import end_with
 
 _ROOT = str(Path(__file__).resolve().parents[1])
 _PRELOADED = [
+    "tests.forkserver",
     "torch.distributed",
     "tests.zoo",
     "tests.zoo.denoisers",
@@ -118,6 +119,7 @@ def run_ranks(
     Raises:
         RankError: With the traceback of each rank that raised. The ranks are replaced by fresh ones.
     """
+    os.environ["PENSTOCK_TEST_STARTER"] = str(os.getpid())
     if world_size not in _POOLS:
         _POOLS[world_size] = Pool(world_size)
     try:

@@ -102,12 +102,12 @@ def test_values_are_gathered_by_the_watch_which_has_no_deadline(monkeypatch: pyt
     """No exchange, which has one: with replicas that end at very different times it would lose what is done."""
 
     class Watch:
-        def gather(self, value: object) -> list[object]:
+        def gather(self, value: object, kind: type) -> list[object]:
             return [value, "other"]
 
     monkeypatch.setattr("penstock.distributed.watch.current_watch", Watch)
-    assert Place(num_ranks=2, num_replicas=2).gather("own") == ["own", "other"]
-    assert Place().gather("own") == ["own"]
+    assert Place(num_ranks=2, num_replicas=2).gather("own", str) == ["own", "other"]
+    assert Place().gather("own", str) == ["own"]
 
 
 def test_replicas_without_work_are_refused() -> None:

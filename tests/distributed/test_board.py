@@ -6,6 +6,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch.distributed as dist
@@ -55,12 +56,12 @@ def test_values_are_there_once_all_have_brought_theirs(boards: tuple[Board, Boar
     writer, reader = boards
     call = Call((0, 2), 1)
     writer.bring(2, call, 0, {2: "b"})
-    assert reader.brought(call, 0) is None
+    assert reader.brought(call, 0, Any) is None
     writer.bring(0, call, 0, None)
     settle(writer)
-    assert reader.brought(call, 0) == [None, {2: "b"}]
-    assert reader.brought(call, 1) is None and reader.brought(Call((0, 2), 2), 0) is None
-    assert reader.brought(Call((0, 2, 3), 1), 0) is None
+    assert reader.brought(call, 0, dict[int, str] | None) == [None, {2: "b"}]
+    assert reader.brought(call, 1, Any) is None and reader.brought(Call((0, 2), 2), 0, Any) is None
+    assert reader.brought(Call((0, 2, 3), 1), 0, Any) is None
 
 
 def test_failures_come_in_their_order(boards: tuple[Board, Board]) -> None:

@@ -6,6 +6,7 @@ import socket
 import sys
 from datetime import timedelta
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -159,6 +160,35 @@ def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
+
+
+def listening() -> set[str]:
+    """The addresses on which this process listens."""
+    return {
+        connection.laddr.ip for connection in psutil.Process().net_connections("tcp") if connection.status == "LISTEN"
+    }
+
+
+@pytest.mark.parametrize("num_local", [1, 2])
+def test_ranks_of_one_machine_cannot_be_reached_from_others(num_local: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control is a rank whose launcher says that there are other machines: it listens for them."""
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    monkeypatch.setattr(RankEnvironment, "is_on_one_machine", num_local == 1)
+    before = listening()
+    start(RankEnvironment(0, 1, 0, 1, "localhost", free_port()), torch.device("cpu"))
+    try:
+        others = listening() - before - {"127.0.0.1", "::1"}
+        assert bool(others) == (num_local == 2), others
+    finally:
+        stop()
+
+
+def test_a_port_that_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"cannot listen on 127.0.0.1:{port}: .*Choose another MASTER_PORT"):
+            start(RankEnvironment(0, 2, 0, 2, "127.0.0.1", port), torch.device("cpu"))
 
 
 def test_stop_ends_what_start_began_and_only_that() -> None:

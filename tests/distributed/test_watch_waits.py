@@ -152,7 +152,7 @@ pair = dist.new_group([0, 1], timeout=timedelta(seconds=1))
 with watch:
     meet()
     time.sleep(4 * rank)
-    say(watch.gather({rank: "x"}), watch.gather(rank))
+    say(watch.gather({rank: "x"}, dict[int, str]), watch.gather(rank, int))
     meet()
     try:
         time.sleep(2.5 * rank)
@@ -179,7 +179,7 @@ try:
         meet()
         if rank == 1:
             END
-        watch.gather(rank)
+        watch.gather(rank, int)
 except GenerationError as error:
     say(error)
 except ValueError:

@@ -142,7 +142,7 @@ class Story:
         """Enter what the other replicas have made, where there are any; all ranks must call this."""
         if place.num_replicas == 1:
             return
-        for outputs, notes in place.gather((self.outputs, self.notes)):
+        for outputs, notes in place.gather((self.outputs, self.notes), tuple[dict[int, dict[str, Any]], list[str]]):
             for item in sorted(outputs.keys() - self.outputs.keys()):
                 self.add(item, outputs[item], show)
             self.notes.extend(note for note in notes if note not in self.notes)

@@ -11,13 +11,15 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
 import typer
 
 from penstock.config import OffloadConfig, ParallelConfig
 from penstock.distributed.environment import read_environment, start, stop
 from penstock.errors import ConfigError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +52,12 @@ class Place:
         """Which of so many pictures its replica makes."""
         return range(self.replica, count, self.num_replicas)
 
-    def gather(self, value: Any) -> list[Any]:
+    def gather(self, value: T, kind: type[T]) -> list[T]:
         """Each rank's value, in their order, however long the slowest takes; all ranks must call this, while joined.
+
+        Args:
+            value: numbers, texts, lists, mappings.
+            kind: its type.
 
         Raises:
             GenerationError: where another rank failed instead, or is gone.
@@ -59,7 +65,7 @@ class Place:
         from penstock.distributed.watch import current_watch
 
         watch = current_watch() if self.num_ranks > 1 else None
-        return [value] if watch is None else watch.gather(value)
+        return [value] if watch is None else watch.gather(value, kind)
 
     @contextmanager
     def joined(self, config: OffloadConfig) -> Iterator[None]:

@@ -1,26 +1,27 @@
 """What ranks tell each other through their store: where they run, in which call they are, what they raised.
 
-Owns the keys and their forms. Does not know who waits for whom, or what follows from it.
+Owns the keys and their forms; values are signed (`signing`). Does not know who waits for whom, or what follows from it.
 """
 
 from __future__ import annotations
 
 import functools
-import json
 import os
-import pickle
 import platform
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch.distributed as dist
+
+from penstock.distributed.signing import Signer, run_secret
 
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
 
+T = TypeVar("T")
 _STORE_TIMEOUT = timedelta(seconds=3)
 
 
@@ -85,6 +86,14 @@ class Place:
         return number > call.number or (number == call.number and self.inside != call.ranks)
 
 
+@dataclass(frozen=True)
+class _Placed:
+    """A place as it is written: mappings have no groups of ranks as keys there."""
+
+    numbers: list[tuple[tuple[int, ...], int]]
+    inside: tuple[int, ...] | None
+
+
 class Board:
     """Where ranks write, and read what others wrote. One per thread: it has a connection of its own.
 
@@ -93,6 +102,7 @@ class Board:
 
     Raises:
         RuntimeError: (from all methods) where the store is gone; torch has no kind of its own for it.
+        GenerationError: (from those that read) for a value that no rank of this run has written.
 
     Cost: one or two small messages to the store for each method, `failures` one for each new one besides.
     """
@@ -102,42 +112,41 @@ class Board:
         own = store.clone()  # type: ignore[attr-defined]
         own.set_timeout(_STORE_TIMEOUT)
         self._store = dist.PrefixStore("penstock/watch", own)  # type: ignore[attr-defined]
+        self._signer = Signer(run_secret())
         self._homes: dict[int, tuple[str, int]] = {}
         self._failures: list[Failure] = []
 
     def move_in(self, rank: int) -> None:
         """Tell where this process runs."""
-        self._store.set(f"home/{rank}", json.dumps([_home(), os.getpid()]))
+        self._write(f"home/{rank}", (_home(), os.getpid()))
 
     def end(self, rank: int) -> None:
         """Tell that a rank makes no further calls."""
-        self._store.set(f"ended/{rank}", "true")
+        self._write(f"ended/{rank}", True)
 
     def has_ended(self, rank: int) -> bool:
         """Whether a rank makes no further calls, or never moved in."""
-        return self._home_of(rank) is None or self._read(f"ended/{rank}") is not None or self.is_gone(rank)
+        return self._home_of(rank) is None or self._read(f"ended/{rank}", bool) is not None or self.is_gone(rank)
 
     def place(self, rank: int, place: Place) -> None:
         """Tell where a rank is."""
-        self._store.set(f"place/{rank}", json.dumps([list(place.numbers.items()), place.inside]))
+        self._write(f"place/{rank}", _Placed(list(place.numbers.items()), place.inside))
 
     def place_of(self, rank: int) -> Place:
         """Where a rank was when it last told."""
-        numbers, inside = self._read(f"place/{rank}") or ([], None)
-        counted = Counter({tuple(ranks): number for ranks, number in numbers})
-        return Place(counted, None if inside is None else tuple(inside))
+        told = self._read(f"place/{rank}", _Placed)
+        return Place() if told is None else Place(Counter(dict(told.numbers)), told.inside)
 
     def stick(self, rank: int, call: Call | None) -> None:
         """Tell that a rank is stuck in a call: it waits for others, and has for long. None: it is not."""
-        self._store.set(f"stuck/{rank}", json.dumps(None if call is None else [call.ranks, call.number]))
+        self._write(f"stuck/{rank}", call)
 
     def is_stuck(self, rank: int, call: Call) -> bool:
         """Whether a rank is stuck in a call, as it last told."""
-        told = self._read(f"stuck/{rank}")
-        return told is not None and Call(tuple(told[0]), told[1]) == call
+        return self._read(f"stuck/{rank}", Call | None) == call  # type: ignore[arg-type]  # which is a type for msgspec
 
     def bring(self, rank: int, call: Call, number: int, value: Any) -> None:
-        """Leave what all ranks of a call shall have: anything that pickle takes.
+        """Leave what all ranks of a call shall have: numbers, texts, lists, mappings.
 
         Args:
             rank: whose it is.
@@ -145,29 +154,34 @@ class Board:
             number: which of the values of that call.
             value: is copied.
         """
-        self._store.set(_key(rank, call, number), pickle.dumps(value))  # type: ignore[arg-type]  # bytes will do
+        self._write(_key(rank, call, number), value)
 
-    def brought(self, call: Call, number: int) -> list[Any] | None:
-        """What the ranks of a call have brought, in their order; None as long as one is lacking."""
+    def brought(self, call: Call, number: int, kind: type[T]) -> list[T] | None:
+        """What the ranks of a call have brought, in their order; None as long as one is lacking.
+
+        Args:
+            call: in which.
+            number: which of the values of that call.
+            kind: of which type each is.
+        """
         keys = [_key(rank, call, number) for rank in call.ranks]
         if not self._store.check(keys):
             return None
-        return [pickle.loads(self._store.get(key)) for key in keys]  # of this program's own making
+        return [self._signer.read(key, self._store.get(key), kind) for key in keys]
 
     def publish(self, failure: Failure) -> int:
         """Tell all ranks of a failure; returns how many were published before."""
         ticket = self._store.add("tickets", 1)
-        self._store.set(f"failure/{ticket}", json.dumps(asdict(failure)))
+        self._write(f"failure/{ticket}", failure)
         return ticket - 1
 
     def failures(self) -> list[Failure]:
         """All that were published so far."""
         for ticket in range(len(self._failures) + 1, self._store.add("tickets", 0) + 1):
-            told = self._read(f"failure/{ticket}")
+            told = self._read(f"failure/{ticket}", Failure)
             if told is None:  # about to be
                 break
-            call = Call(tuple(told["call"]["ranks"]), told["call"]["number"])
-            self._failures.append(Failure(**{**told, "call": call}))
+            self._failures.append(told)
         return self._failures
 
     def is_gone(self, rank: int) -> bool:
@@ -177,14 +191,17 @@ class Board:
 
     def _home_of(self, rank: int) -> tuple[str, int] | None:
         if rank not in self._homes:
-            told = self._read(f"home/{rank}")
+            told = self._read(f"home/{rank}", tuple[str, int])
             if told is None:
                 return None
-            self._homes[rank] = (told[0], told[1])
+            self._homes[rank] = told
         return self._homes[rank]
 
-    def _read(self, key: str) -> Any:
-        return json.loads(self._store.get(key)) if self._store.check([key]) else None
+    def _write(self, key: str, value: Any) -> None:
+        self._store.set(key, self._signer.write(key, value))  # type: ignore[arg-type]  # bytes will do
+
+    def _read(self, key: str, kind: type[T]) -> T | None:
+        return self._signer.read(key, self._store.get(key), kind) if self._store.check([key]) else None
 
 
 def _key(rank: int, call: Call, number: int) -> str:

@@ -8,19 +8,24 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from penstock.distributed.launcher import inherited_listener, is_launched
+from penstock.distributed.launcher import inherited_listener
+from penstock.distributed.signing import agree_on_secret
 from penstock.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
 
-_LOOPBACK = "127.0.0.1"
+LOOPBACK = "127.0.0.1"
+"""Where ranks of one machine meet."""
+
+_AGENT_STORE = "TORCHELASTIC_USE_AGENT_STORE"
 _PORTS = range(20_000, 30_000)  # below those that systems hand out by themselves
 _TIMEOUT = timedelta(minutes=10)
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -54,6 +59,11 @@ class RankEnvironment:
     local_world_size: int
     host: str
     port: int
+
+    @property
+    def is_on_one_machine(self) -> bool:
+        """Whether all ranks are on this machine."""
+        return self.local_world_size == self.world_size
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.world_size:
@@ -95,7 +105,7 @@ def _read_torchrun(environ: Mapping[str, str]) -> RankEnvironment | None:
     if not {"RANK", "WORLD_SIZE"} <= environ.keys():
         return None
     if _number(environ, "WORLD_SIZE") == 1:
-        return RankEnvironment(_number(environ, "RANK"), 1, 0, 1, _LOOPBACK, _PORTS[0])
+        return RankEnvironment(_number(environ, "RANK"), 1, 0, 1, LOOPBACK, _PORTS[0])
     if not environ.keys() >= set(_TORCHRUN):
         raise _incomplete(environ, _TORCHRUN)
     rank, world_size, local_rank, local_world_size = (_number(environ, name) for name in _TORCHRUN[:4])
@@ -122,7 +132,7 @@ def _read_mpi(environ: Mapping[str, str], names: tuple[str, ...], job: str) -> R
             f"rank {rank} of {world_size} runs on one of several machines, and MPI does not say where rank 0 is. "
             "Set MASTER_ADDR to its host name for all ranks (mpirun -x MASTER_ADDR=..., mpiexec -genv MASTER_ADDR ...)."
         )
-    host = environ.get("MASTER_ADDR", _LOOPBACK)
+    host = environ.get("MASTER_ADDR", LOOPBACK)
     return RankEnvironment(rank, world_size, local_rank, local_world_size, host, _port(environ, job))
 
 
@@ -216,7 +226,10 @@ def start(environment: RankEnvironment, device: torch.device, timeout: timedelta
         torch.cuda.set_device(own)
     if dist.is_initialized():
         _require_backends({"cpu", device.type})
+        agree_on_secret()
         return
+    if environment.is_on_one_machine:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", _loopback_interface())  # else others can reach what ranks exchange
     host = f"[{environment.host}]" if ":" in environment.host else environment.host
     where = f"{host}:{environment.port}"
     try:
@@ -235,16 +248,33 @@ def start(environment: RankEnvironment, device: torch.device, timeout: timedelta
             "Start all of them, and choose another MASTER_PORT where that one is taken."
         ) from error
     _started = True
+    agree_on_secret()
 
 
 def _meeting(environment: RankEnvironment, where: str, timeout: timedelta) -> dict[str, Any]:
-    """How the ranks find each other; rank 0 of our own launcher inherits the socket that it listens on."""
+    """How the ranks find each other; on one machine they cannot be reached from others.
+
+    Rank 0 of our own launcher inherits the socket that it listens on. torchrun keeps the store itself, as it likes.
+    """
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-    if not is_launched():
+    if not environment.is_on_one_machine or os.environ.get(_AGENT_STORE) == str(True):
         return {"init_method": f"tcp://{where}"}
-    host, port, size, is_first = environment.host, environment.port, environment.world_size, environment.rank == 0
-    return {"store": TCPStore(host, port, size, is_first, timeout, master_listen_fd=inherited_listener())}
+    port, size, is_first = environment.port, environment.world_size, environment.rank == 0
+    listener = inherited_listener()
+    if is_first and listener is None:
+        try:
+            listener = socket.create_server((LOOPBACK, port)).detach()
+        except OSError as error:
+            raise ConfigError(
+                f"rank 0 of {size} cannot listen on {LOOPBACK}:{port}: {error.strerror}. Choose another MASTER_PORT."
+            ) from error
+    return {"store": TCPStore(LOOPBACK, port, size, is_first, timeout, master_listen_fd=listener)}
+
+
+def _loopback_interface() -> str:
+    """The name of this machine's own interface: lo on Linux, lo0 elsewhere."""
+    return next((name for _, name in socket.if_nameindex() if name.startswith("lo")), "lo")
 
 
 def _require_backends(kinds: set[str]) -> None:

@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import torch.distributed as dist
 
@@ -30,6 +30,7 @@ from penstock.waits import current_wait, failed_ranks, noted
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
 
+T = TypeVar("T")
 _POLL_S = 1.0
 _GRACE_S = 5.0
 _PATIENCE_S = 20.0
@@ -177,16 +178,17 @@ class Watch:
         if reason is not None:
             raise GenerationError(f"{reason}. Start all ranks again.") from error
 
-    def gather(self, value: Any) -> list[Any]:
+    def gather(self, value: T, kind: type[T]) -> list[T]:
         """The value of each rank of this call, in their order; waits for the slowest without a deadline.
 
         For what ranks finish at very different times: no exchange, which has one. To be called inside, by all ranks.
 
         Args:
-            value: anything that pickle takes, and small: it goes through the store.
+            value: numbers, texts, lists, mappings, and small: it goes through the store.
+            kind: its type, which those of the others are held to.
 
         Raises:
-            GenerationError: where another rank failed, or is gone: names it.
+            GenerationError: where another rank failed, or is gone: names it; for a value that no rank has written.
 
         Cost: 20 small messages per second of waiting.
         """
@@ -196,13 +198,13 @@ class Watch:
         try:
             self._board.bring(self._rank, call, number, value)
             with noted(call.ranks):
-                while (values := self._board.brought(call, number)) is None:
+                while (values := self._board.brought(call, number, kind)) is None:
                     time.sleep(_GATHER_POLL_S)
                     if time.monotonic() - looked_s < self._poll_s:
                         continue
                     looked_s = time.monotonic()
                     blame = self._blame(self._board, call)
-                    if blame is not None and self._board.brought(call, number) is None:
+                    if blame is not None and self._board.brought(call, number, kind) is None:
                         raise GenerationError(f"{blame.line}. Start all ranks again.")
         except RuntimeError as error:
             raise GenerationError(f"{_NO_STORE}. Start all ranks again.") from error
@@ -248,6 +250,8 @@ class Watch:
                 blame = self._blame(board, call) if self._inside.is_set() else None
             except RuntimeError:
                 blame = _Blame(_NO_STORE) if self._inside.is_set() else None
+            except GenerationError as error:  # somebody else writes into the store
+                blame = _Blame(str(error).rstrip(".")) if self._inside.is_set() else None
             if blame is None or (self._call, self._inside.is_set()) != (call, True):
                 self._blamed = blame = None
             elif self._blamed is None:
@@ -300,7 +304,7 @@ class Watch:
 
     def _end(self) -> None:
         """Leave as the process does: a thread inside the store would crash it."""
-        with contextlib.suppress(RuntimeError):  # the store is gone
+        with contextlib.suppress(RuntimeError, GenerationError):  # the store is gone, or others write into it
             self._board.end(self._rank)
             if self._rank == 0:
                 self._leave_last()

@@ -20,8 +20,9 @@ from dataclasses import dataclass, field
 from subprocess import DEVNULL
 from typing import Any
 
+from penstock.distributed.environment import LOOPBACK
 from penstock.distributed.launcher import DISMISSED, ERRORS, LISTENER
-from penstock.engine.processes import LOOPBACK, RankProcess, rank_variables, require_startable, start
+from penstock.engine.processes import RankProcess, rank_variables, require_startable, start
 
 _POLL_S = 0.05
 _GRACE_S = 3.0

@@ -14,10 +14,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import IO, Any
 
+from penstock.distributed.environment import LOOPBACK
 from penstock.distributed.launcher import LAUNCHER, SECRET, bound
 from penstock.errors import ConfigError
 
-LOOPBACK = "127.0.0.1"
 _ALWAYS_RANKS = 64
 _RANKS_PER_CPU = 4
 _SHOWN_LINES = 40

@@ -19,6 +19,7 @@ from penstock.distributed.environment import RankEnvironment, read_environment, 
 from penstock.distributed.group import Group
 from penstock.distributed.launcher import num_groups
 from penstock.distributed.mesh import Mesh, alone, build_mesh, num_running, require_ranks, world_group
+from penstock.distributed.signing import agree_on_secret
 from penstock.distributed.watch import current_watch
 from penstock.engine.placement import choose_device
 from penstock.engine.plans import Planned
@@ -71,6 +72,8 @@ def _met(config: OffloadConfig, environment: RankEnvironment | None) -> torch.de
         found = error
     if environment is not None:
         start(environment, found if isinstance(found, torch.device) else torch.device("cpu"))
+    else:
+        agree_on_secret()
     return found
 
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import pickle
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, Protocol
 
+import msgspec
 import numpy as np
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
@@ -245,23 +245,45 @@ def _share_random_states(mesh: Mesh, args: tuple[Any, ...], kwargs: dict[str, An
     group = mesh["replica"]
     on_cuda = mesh.device_mesh is not None and mesh.device_mesh.device_type == "cuda"
     generators = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Generator)]
-    own = (
-        torch.get_rng_state(),
-        torch.cuda.get_rng_state() if on_cuda else None,
-        random.getstate(),
-        np.random.get_state(),
-        [generator.get_state() for generator in generators],
-    )
-    states = pickle.loads(_shared_bytes(group, pickle.dumps(own)))  # of this program's own making
+    states = _decode(_shared_bytes(group, msgspec.msgpack.encode(_random_states(generators, on_cuda))))
     if group.rank == 0:
         return
-    torch.set_rng_state(states[0])
-    if states[1] is not None:
-        torch.cuda.set_rng_state(states[1])
-    random.setstate(states[2])
-    np.random.set_state(states[3])
-    for generator, state in zip(generators, states[4], strict=True):
-        generator.set_state(state)
+    torch.set_rng_state(_tensor(states.torch))
+    if states.cuda is not None:
+        torch.cuda.set_rng_state(_tensor(states.cuda))
+    random.setstate(states.python)
+    name, keys, position, has_gauss, gauss = states.numpy
+    np.random.set_state((name, np.frombuffer(keys, dtype=np.uint32), position, has_gauss, gauss))
+    for generator, state in zip(generators, states.generators, strict=True):
+        generator.set_state(_tensor(state))
+
+
+class _RandomStates(msgspec.Struct):
+    """What the next random numbers of a process depend on."""
+
+    torch: bytes
+    cuda: bytes | None
+    python: tuple[int, tuple[int, ...], float | None]
+    numpy: tuple[str, bytes, int, int, float]
+    generators: list[bytes]
+
+
+_decode = msgspec.msgpack.Decoder(_RandomStates).decode
+
+
+def _random_states(generators: list[torch.Generator], on_cuda: bool) -> _RandomStates:
+    name, keys, *rest = np.random.get_state(legacy=True)
+    return _RandomStates(
+        torch=bytes(torch.get_rng_state().numpy()),
+        cuda=bytes(torch.cuda.get_rng_state().numpy()) if on_cuda else None,
+        python=random.getstate(),
+        numpy=(str(name), np.asarray(keys, dtype=np.uint32).tobytes(), *rest),
+        generators=[bytes(generator.get_state().numpy()) for generator in generators],
+    )
+
+
+def _tensor(state: bytes) -> torch.Tensor:
+    return torch.frombuffer(bytearray(state), dtype=torch.uint8)
 
 
 def _shared_bytes(group: Group, own: bytes) -> bytes:
