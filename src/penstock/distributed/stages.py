@@ -27,7 +27,7 @@ from penstock.distributed.whole import refuse_while_split
 from penstock.errors import ConfigError, GenerationError, ModelError
 from penstock.models.rows.row import Layout, Row, StackRow
 from penstock.models.rows.staged import ENTANGLED
-from penstock.models.rows.table import blocks_of
+from penstock.models.rows.table import blocks_of, row_of
 from penstock.undo import Undo
 
 _OFF = "Use pipeline_parallel_size=1"
@@ -61,6 +61,11 @@ def check_stages(denoiser: nn.Module, row: Row | None, size: int) -> None:
     """
     if size > 1:
         _deal(denoiser, row, size)
+
+
+def knows_stages(denoiser: nn.Module) -> bool:
+    """Whether a row says what the blocks of a denoiser's class hand to each other, and nothing else is needed."""
+    return row_of(denoiser) is not None and not _entanglement(denoiser)
 
 
 def deal(denoiser: nn.Module, row: Row | None, size: int) -> tuple[tuple[str, ...], ...]:
@@ -164,9 +169,8 @@ def _bring_back(away: list[_Away], group: Group) -> None:
 
 def _deal(denoiser: nn.Module, row: Row | None, size: int) -> list[list[_Dealt]]:
     owner = type(denoiser).__name__
-    for name in (base.__name__ for base in type(denoiser).__mro__):
-        if name in ENTANGLED:
-            raise ConfigError(f"{owner} cannot run in {size} stages: {ENTANGLED[name]}. {_OFF}.")
+    if reason := _entanglement(denoiser):
+        raise ConfigError(f"{owner} cannot run in {size} stages: {reason}. {_OFF}.")
     if row is None:
         raise ConfigError(
             f"{owner} cannot run in {size} stages: no row says which streams its blocks exchange. {_OFF}, or declare "
@@ -190,6 +194,11 @@ def _deal(denoiser: nn.Module, row: Row | None, size: int) -> list[list[_Dealt]]
             )
     ends = list(accumulate(_lengths([_num_bytes(block.module) for block in blocks], size)))
     return [blocks[begin:end] for begin, end in zip([0, *ends], ends, strict=False)]
+
+
+def _entanglement(denoiser: nn.Module) -> str | None:
+    """Why the class's own code needs all blocks on one rank; None where it does not."""
+    return next(filter(None, (ENTANGLED.get(base.__name__) for base in type(denoiser).__mro__)), None)
 
 
 def _dealt(denoiser: nn.Module, row: Row) -> list[_Dealt]:

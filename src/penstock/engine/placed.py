@@ -18,6 +18,7 @@ from torch import nn
 
 from penstock.config import OffloadConfig, ParallelConfig, config_of
 from penstock.distributed.mesh import Mesh
+from penstock.engine.companions import notes_of_companions
 from penstock.engine.neighbours import Neighbours
 from penstock.engine.plans import Dtypes, Planned, plan_pipeline
 from penstock.engine.ranks import agreed, join_ranks, require_alike, shared_machine, watched
@@ -324,7 +325,8 @@ def _made(
     if planned.plan.offload != "none":
         streamer = Streamer(pipeline, planned.partition, planned.plan, settings, timeline)
     prompts = PromptCache(pipeline, config.prompt_cache_bytes)
-    return Placed(pipeline, planned, split, streamer, prompts, tuple(notes_of_plan(planned, config)))
+    notes = (*notes_of_plan(planned, config), *notes_of_companions(pipeline, split.mesh.config))
+    return Placed(pipeline, planned, split, streamer, prompts, notes)
 
 
 def _cast(pipeline: Any, dtypes: Dtypes) -> None:

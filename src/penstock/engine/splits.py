@@ -18,11 +18,12 @@ from penstock.distributed import parallel_state
 from penstock.distributed.guidance.calls import apply_guidance
 from penstock.distributed.guidance.rounds import Rounds, rounds_of
 from penstock.distributed.mesh import Mesh
-from penstock.distributed.sequence.knowledge import apply_sequences, check_sequences
-from penstock.distributed.stages import apply_stages, check_stages
-from penstock.distributed.tensor import apply_tensor, check_tensor
+from penstock.distributed.sequence.knowledge import apply_sequences
+from penstock.distributed.stages import apply_stages
+from penstock.distributed.tensor import apply_tensor
 from penstock.distributed.tiles import apply_tiles, check_tiles
 from penstock.distributed.whole import refuse_while_split
+from penstock.engine.companions import AXES, check_denoisers, denoisers_of, is_split
 from penstock.engine.together import Meeting, apply_agreement, apply_together, shares_weights
 from penstock.errors import ConfigError
 from penstock.models.components import discover
@@ -43,19 +44,12 @@ def check_splits(pipeline: Any, parallel: ParallelConfig) -> None:
     Raises:
         ConfigError: with the class, the reason, and what to do instead.
     """
-    denoisers = _modules(pipeline, "denoiser")
-    if (parallel.denoiser_size > 1 or parallel.use_hsdp) and not denoisers:
+    if (parallel.denoiser_size > 1 or parallel.use_hsdp) and not denoisers_of(pipeline):
         raise ConfigError(
             f"{parallel.equation()}: {type(pipeline).__name__} has no denoiser that could be found, so that there is "
             "nothing to split. Declare _dit_modules on its class, or leave the degrees at 1."
         )
-    for denoiser in denoisers:
-        if parallel.sequence_size > 1:
-            check_sequences(denoiser, parallel)
-        if parallel.tensor_parallel_size > 1:
-            check_tensor(denoiser, parallel.tensor_parallel_size)
-        if parallel.pipeline_parallel_size > 1:
-            check_stages(denoiser, row_of(denoiser), parallel.pipeline_parallel_size)
+    check_denoisers(pipeline, parallel)
     if parallel.vae_patch_parallel_size > 1:
         _tiled_vaes(pipeline, parallel.vae_patch_parallel_size)
 
@@ -105,9 +99,9 @@ def split_weights(pipeline: Any, mesh: Mesh) -> Undo:
         if mesh["pipeline"].size * mesh["tensor"].size > 1:
             refuse_while_split(pipeline, f"({mesh.config.equation()})", undo)
         for denoiser in _modules(pipeline, "denoiser"):
-            if mesh["pipeline"].size > 1:
+            if mesh["pipeline"].size > 1 and is_split(denoiser, "pipeline"):
                 undo.add(apply_stages(denoiser, row_of(denoiser), mesh["pipeline"], is_free).run)
-            if mesh["tensor"].size > 1:
+            if mesh["tensor"].size > 1 and is_split(denoiser, "tensor"):
                 undo.add(apply_tensor(denoiser, mesh["tensor"], is_mapped).run)
     return undo
 
@@ -127,10 +121,13 @@ def split_work(pipeline: Any, mesh: Mesh, meeting: Meeting | None = None) -> Und
         if mesh["world"].size == 1:
             return undo
         undo.add(_use(mesh))
-        for denoiser in _modules(pipeline, "denoiser"):
-            undo.add(apply_sequences(denoiser, mesh).run)
+        denoisers = _modules(pipeline, "denoiser")
+        for denoiser in denoisers:
+            axes = [axis for axis in AXES if mesh[axis].size > 1 and is_split(denoiser, axis)]
+            if "sequence" in axes:
+                undo.add(apply_sequences(denoiser, mesh, [other for other in denoisers if other is not denoiser]).run)
             undo.add(apply_guidance(denoiser, mesh["cfg"], lockstep=shares_weights(mesh)).run)
-            if any(mesh[axis].size > 1 for axis in ("sequence", "tensor", "pipeline", "shard")):
+            if axes or mesh["shard"].size > 1:
                 undo.add(apply_agreement(denoiser, mesh).run)
         if shares_weights(mesh):
             undo.add(_close_rounds(pipeline, rounds_of(mesh["cfg"])).run)

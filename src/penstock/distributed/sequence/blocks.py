@@ -9,13 +9,14 @@ Owns the hooks. Does not know kernels, or where weights are.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from penstock.config import ParallelConfig
+from penstock.distributed.forwards import wrap_forward
 from penstock.distributed.mesh import Mesh
 from penstock.distributed.sequence import dispatch
 from penstock.distributed.sequence.attention import Sight
@@ -54,13 +55,15 @@ def check_sequence(denoiser: nn.Module, config: ParallelConfig) -> Row:
     return row
 
 
-def apply_sequence(denoiser: nn.Module, row: Row, mesh: Mesh) -> Undo:
+def apply_sequence(denoiser: nn.Module, row: Row, mesh: Mesh, others: Sequence[nn.Module] = ()) -> Undo:
     """Split the sequences of a denoiser over the ranks of a mesh.
 
     Args:
         denoiser: an unmodified model.
         row: which arguments carry which streams.
         mesh: whose `ring` and `ulysses` axes are used.
+        others: models that run by themselves and may have modules in common with the denoiser, as a ControlNet of
+            Z-Image has. There, these run whole.
 
     Returns:
         What takes it back.
@@ -74,30 +77,34 @@ def apply_sequence(denoiser: nn.Module, row: Row, mesh: Mesh) -> Undo:
         if mesh["sequence"].size == 1:
             return undo
         streams = Streams(mesh["sequence"], mesh["ulysses"], mesh["ring"], row.whole, type(denoiser).__name__)
-        split = _Split(denoiser, row, streams)
+        split = _Split(denoiser, row, streams, others)
         undo.add(partial(dispatch.uninstall, split))
         dispatch.install(split)
-        undo.add(split.remove)
+        undo.add(split.undo.run)
         split.install()
     return undo
 
 
 class _Split:
-    """The hooks on one denoiser."""
+    """The hooks on one denoiser; they act while it runs, and not where another model runs a module of it."""
 
-    def __init__(self, denoiser: nn.Module, row: Row, streams: Streams) -> None:
+    def __init__(self, denoiser: nn.Module, row: Row, streams: Streams, others: Sequence[nn.Module]) -> None:
         self.denoiser = denoiser
         self.row = row
         self.streams = streams
+        self.others = others
+        self.is_running = False
         self.is_cut = False  # whether blocks gave streams that were not joined
         self.looks: list[tuple[nn.Module, dispatch.Look]] = []
-        self.handles: list[Any] = []
+        self.undo = Undo()
 
     def install(self) -> None:
         """Put all hooks on."""
         row = self.row
-        self.handles.append(self.denoiser.register_forward_pre_hook(self.begin, with_kwargs=True))
-        self.handles.append(self.denoiser.register_forward_hook(self.end, always_call=True))
+        self.before(self.denoiser, self.begin)
+        self.undo.add(self.denoiser.register_forward_hook(self.end, always_call=True).remove)
+        for other in self.others:
+            self.undo.add(other.register_forward_pre_hook(self.rest, prepend=True).remove)
         stacks = [(stack, blocks) for stack in row.stacks if (blocks := blocks_of(self.denoiser, stack))]
         for stack, blocks in stacks:
             is_final = stack is stacks[-1][0] and not row.ends
@@ -105,41 +112,47 @@ class _Split:
                 is_last = block is blocks[-1] and (is_final or stack.is_closed)
                 self._hook_block(block, stack, is_last or stack.is_apart)
         for module, text in modules_of(self.denoiser, row.ends):
-            hook = partial(self.join_last, layout=Layout.of(text))
-            self.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+            self.before(module, partial(self.join_last, layout=Layout.of(text)))
         for module, text in modules_of(self.denoiser, row.between):
             layout = Layout.of(text)
-            hook = partial(self.join_first, layout=layout)
-            self.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-            self.handles.append(module.register_forward_hook(partial(self.cut_again, layout=layout)))
+            self.before(module, partial(self.join_first, layout=layout))
+            self.after(module, partial(self.cut_again, layout=layout))
 
-    def remove(self) -> None:
-        """Take them off."""
-        for handle in self.handles:
-            handle.remove()
+    def before(self, module: nn.Module, hook: Callable[..., Any]) -> None:
+        """Have a hook see the arguments of a module: always those of the denoiser, of others while that runs."""
+        if module is not self.denoiser:
+            hook = partial(self.while_running, hook)
+        self.undo.add(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+
+    def after(self, module: nn.Module, hook: Callable[..., Any]) -> None:
+        """Have a hook see what a module returns while the denoiser runs."""
+        self.undo.add(module.register_forward_hook(partial(self.while_running, hook)).remove)
+
+    def while_running(self, hook: Callable[..., Any], *given: Any) -> Any:
+        """What a hook gives; nothing where the denoiser does not run."""
+        return hook(*given) if self.is_running else None
 
     def _hook_block(self, block: nn.Module, stack: StackRow, is_joined: bool) -> None:
         names = _parameters(block)
         takes = {name: _held(layouts) for name, layouts in stack.takes.items()}
         gives = [Layout.of(text) for text in stack.gives]
-        hook = partial(self.cut, takes=takes, names=names)
-        self.handles.append(block.register_forward_pre_hook(hook, with_kwargs=True))
-        self.handles.append(block.register_forward_hook(partial(self.join, gives=gives, is_joined=is_joined)))
+        self.before(block, partial(self.cut, takes=takes, names=names))
+        self.after(block, partial(self.join, gives=gives, is_joined=is_joined))
         for path, module in block.named_modules():
             seen = self.row.streams_of(stack, path)
             if seen is not None and not all(map(self.streams.is_whole, seen[1])):
                 sight = Sight(self.streams, *seen, self.row.masks)
-                self.handles.append(module.register_forward_pre_hook(partial(self.look, sight=sight)))
-                look_away = partial(self.look_away, path=f"{stack.path}.*.{path}")
-                self.handles.append(module.register_forward_hook(look_away, always_call=True))
+                self.undo.add(wrap_forward(module, partial(self.attend, module, sight)).run)
+                self.after(module, partial(self.check_attended, path=f"{stack.path}.*.{path}"))
 
     def begin(
         self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Before the denoiser: refuse what the row refuses, and cut what is added between blocks."""
-        self.look_away_from_all()
+        self.looks.clear()
         self.streams.begin()
         self.is_cut = False
+        self.is_running = True
         names = _parameters(denoiser)
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         for name, reason in self.row.refuses.items():
@@ -153,12 +166,16 @@ class _Split:
 
     def end(self, denoiser: nn.Module, args: Any, output: Any) -> None:
         """After the denoiser: nothing may be left cut."""
-        self.look_away_from_all()
+        self.is_running = False
         if self.is_cut and output is not None:
             raise GenerationError(
                 f"the last block of {self.streams.owner} did not run, so that its tokens were left cut over "
                 f"{self.streams.group.size} ranks. Use ulysses_degree=1 and ring_degree=1 where blocks are skipped."
             )
+
+    def rest(self, *_: Any) -> None:
+        """Before another model: the denoiser does not run, even where Ctrl-C has ended it, after which no hook runs."""
+        self.is_running = False
 
     def cut(
         self,
@@ -229,29 +246,28 @@ class _Split:
         """After a module between blocks."""
         return self.streams.cut(output, layout, "what runs between blocks")
 
-    def look(self, module: nn.Module, args: Any, sight: Sight) -> None:
-        """Before a module that attends."""
-        self.looks.append((module, dispatch.attending(sight)))
+    def attend(
+        self, module: nn.Module, sight: Sight, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Any
+    ) -> Any:
+        """In the place of the forward of a module that attends."""
+        if not self.is_running:
+            return forward(*args, **kwargs)
+        look = dispatch.Look(sight)
+        self.looks.append((module, look))
+        with dispatch.attending(look):
+            return forward(*args, **kwargs)
 
-    def look_away(self, module: nn.Module, args: Any, output: Any, path: str) -> None:
+    def check_attended(self, module: nn.Module, args: Any, output: Any, path: str) -> None:
         """After a module that attends: it must have done so, or its tokens saw none of the other ranks'."""
-        if not self.looks or self.looks[-1][0] is not module:
-            return
-        look = self.looks.pop()[1]
-        dispatch.done_attending(look)
-        if output is not None and not look.was_attended and not dispatch.may_skip(module):
+        is_seen = bool(self.looks) and self.looks[-1][0] is module
+        was_attended = is_seen and self.looks.pop()[1].was_attended
+        if not was_attended and not dispatch.may_skip(module):
             raise GenerationError(
                 f"{path} of {self.streams.owner} computed attention by {_processor_of(module)} over the tokens of one "
                 f"of {self.streams.group.size} ranks: it went neither through diffusers' attention backends nor "
-                "through torch's scaled_dot_product_attention as they were when the denoiser was split. Set the "
-                "processors that the class has by default, replace attention functions before the denoiser is split, "
-                "or use ulysses_degree=1 and ring_degree=1."
+                "through torch's scaled_dot_product_attention. Set the processors that the class has by default, "
+                "replace attention functions before the denoiser is split, or use ulysses_degree=1 and ring_degree=1."
             )
-
-    def look_away_from_all(self) -> None:
-        """After Ctrl-C: torch runs no hook after a forward that ended by it."""
-        while self.looks:
-            dispatch.done_attending(self.looks.pop()[1])
 
 
 def _processor_of(module: nn.Module) -> str:

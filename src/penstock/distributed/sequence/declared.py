@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
+from penstock.distributed.forwards import wrap_forward
 from penstock.distributed.mesh import Mesh
 from penstock.distributed.sequence import dispatch
 from penstock.distributed.sequence.attention import Call, Sight
@@ -80,7 +82,7 @@ def apply_declared(denoiser: nn.Module, plan: SequenceParallelModelPlan, mesh: M
         split = _Split(denoiser, streams)
         undo.add(partial(dispatch.uninstall, split))
         dispatch.install(split)
-        undo.add(split.remove)
+        undo.add(split.undo.run)
         split.install(places, frozenset(at_once if isinstance(at_once, dict) else ()))
     return undo
 
@@ -99,50 +101,61 @@ class _Split:
         self.unseen: set[tuple[int, int]] = set()  # lengths of attention that saw nothing cut, while something was
         self.has_seen = False
         self.warned: set[str] = set()
-        self.handles: list[Any] = []
+        self.is_running = False
+        self.undo = Undo()
 
     def install(self, places: Sequence[tuple[str, nn.Module, Any]], split_at_once: frozenset[Any]) -> None:
         """Put the hooks in place."""
         begin = partial(self.begin, split_at_once=split_at_once)
-        self.handles.append(self.denoiser.register_forward_pre_hook(begin, with_kwargs=True))
+        self.undo.add(self.denoiser.register_forward_pre_hook(begin, with_kwargs=True).remove)
         for path, module, spec in places:
             if isinstance(spec, dict):
                 taken = {name: inputs_of(value) for name, value in spec.items() if isinstance(name, str)}
                 given = {index: value for index, value in spec.items() if isinstance(index, int)}
-                cut_taken = partial(self.cut_taken, path=path, spec=taken)
-                self.handles.append(module.register_forward_pre_hook(cut_taken, with_kwargs=True))
-                cut_given = partial(self.cut_given, path=path, spec=given)
-                self.handles.append(module.register_forward_hook(cut_given, with_kwargs=True))
+                cut_taken = self.hook(module, partial(self.cut_taken, path=path, spec=taken))
+                self.undo.add(module.register_forward_pre_hook(cut_taken, with_kwargs=True).remove)
+                cut_given = self.hook(module, partial(self.cut_given, path=path, spec=given))
+                self.undo.add(module.register_forward_hook(cut_given, with_kwargs=True).remove)
             else:
-                self.handles.append(
-                    module.register_forward_hook(partial(self.gather, path=path, specs=outputs_of(spec)))
-                )
-        self.handles.append(self.denoiser.register_forward_hook(self.end, always_call=True))
+                gather = self.hook(module, partial(self.gather, path=path, specs=outputs_of(spec)))
+                self.undo.add(module.register_forward_hook(gather).remove)
+        self.undo.add(self.denoiser.register_forward_hook(self.end, always_call=True).remove)
+        self.undo.add(wrap_forward(self.denoiser, self.run).run)
 
-    def remove(self) -> None:
-        """Take the hooks away."""
-        self.look_away()
-        for handle in self.handles:
-            handle.remove()
+    def hook(self, module: nn.Module, hook: Callable[..., Any]) -> Callable[..., Any]:
+        """A hook that acts while the denoiser runs: another model may run modules of it, and those run whole."""
+        return hook if module is self.denoiser else partial(self.while_running, hook)
+
+    def while_running(self, hook: Callable[..., Any], *given: Any) -> Any:
+        """What a hook gives; nothing where the denoiser does not run."""
+        return hook(*given) if self.is_running else None
+
+    def run(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """In the place of the denoiser's forward: attention asks us, and how tensors are joined is seen."""
+        self.looking = dispatch.Look(self.look)
+        self.is_running = True
+        try:
+            with self.watching or nullcontext(), dispatch.attending(self.looking):
+                return forward(*args, **kwargs)
+        finally:
+            self.is_running = False
 
     def begin(
         self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], split_at_once: frozenset[Any]
     ) -> None:
-        """Before the denoiser: forget the forward before, and tell attention whom to ask."""
-        self.look_away()
+        """Before the denoiser: forget the forward before."""
+        self.looking = self.watching = None
         self.given = _named(denoiser, args, kwargs)
         tensors = {name: value for name, value in self.given.items() if isinstance(value, Tensor)}
         shapes = tuple((name, value.shape) for name, value in tensors.items())
         joins = self.joins.get(shapes)
         if joins is None:
             joins = self.joins[shapes] = self.watching = Joins()
-            joins.__enter__()  # type: ignore[no-untyped-call]
         whole = {value.shape[1] for name, value in tensors.items() if value.ndim == 3 and name not in split_at_once}
         self.streams.begin(whole, joins.found)
         self.groups.clear()
         self.unseen.clear()
         self.has_seen = False
-        self.looking = dispatch.attending(self.look)
 
     def look(self, call: Call) -> Sight | None:
         """What an attention sees; None where it runs as ever."""
@@ -158,20 +171,10 @@ class _Split:
             return None  # cut queries and whole keys: nobody else's tokens are needed
         return Sight(self.streams, queries or (self.streams.keep(lengths[0]),), keys)
 
-    def look_away(self) -> None:
-        """Also after Ctrl-C: torch runs no hook after a forward that ended by it."""
-        if self.looking is not None:
-            dispatch.done_attending(self.looking)
-        if self.watching is not None:
-            self.watching.__exit__(None, None, None)  # type: ignore[no-untyped-call]
-        self.looking = self.watching = None
-        self.given = {}
-
     def end(self, denoiser: nn.Module, args: Any, output: Any) -> None:
-        """After the denoiser: attention runs as ever; an error where none of it saw what was cut."""
-        looking = self.looking
-        self.look_away()
-        if output is None or looking is None:
+        """After the denoiser: an error where no attention saw what was cut."""
+        self.given = {}
+        if output is None:
             return
         if self.unseen and not self.has_seen:
             told = ", ".join(f"{queries} by {keys}" for queries, keys in sorted(self.unseen))
@@ -180,9 +183,9 @@ class _Split:
                 f"{self.streams.group.size} ranks: each rank would see its own alone. The plan has to split the tokens "
                 "that attention is given; declare text that goes before them as SequenceParallelPartialInput."
             )
-
         is_cut = not all(map(self.streams.is_whole, self.streams.lengths))
-        if is_cut and not looking.was_attended and not any(map(dispatch.may_skip, denoiser.modules())):
+        was_attended = self.looking is not None and self.looking.was_attended
+        if is_cut and not was_attended and not any(map(dispatch.may_skip, denoiser.modules())):
             raise GenerationError(
                 f"no attention of {type(denoiser).__name__} went through diffusers' backends or torch's "
                 f"scaled_dot_product_attention, while its tokens were cut over {self.streams.group.size} ranks: each "

@@ -1,7 +1,11 @@
 """How attention that runs anywhere in a denoiser comes to us: through diffusers' backends, and torch's own function.
 
-While a module that a row names runs, what it sees is known (`attending`); every attention call within it is then
-carried out over all ranks, with the kernel that the user chose. All other attention runs as ever.
+While a module that a row names runs, what it sees is known (`attending`); every attention call within it, on its
+thread, is then carried out over all ranks, with the kernel that the user chose. All other attention runs as ever.
+
+torch's function itself is never replaced: a mode of the calling thread sees its calls, also those of code that took the
+function before. Only functions that somebody else has put in its place, and diffusers' table of backends, hold ours
+while a denoiser is split; these pass all arguments on where nothing is seen, and compile as if they were not there.
 
 Owns what is put in the way, and takes it out after the last user. Does not know rows.
 """
@@ -9,15 +13,18 @@ Owns what is put in the way, and takes it out after the last user. Does not know
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from contextvars import ContextVar, Token
-from dataclasses import dataclass, field
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers.models import attention_dispatch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from penstock.distributed.sequence.attention import Call, Sight, attend
 from penstock.errors import GenerationError
@@ -28,7 +35,7 @@ Seen = Sight | Callable[[Call], Sight | None]
 
 @dataclass
 class Look:
-    """One look of attention at what is cut: from `attending` to `done_attending`.
+    """One look of attention at what is cut.
 
     Attributes:
         seen: what it sees.
@@ -37,61 +44,94 @@ class Look:
 
     seen: Seen
     was_attended: bool = False
-    _token: Token[Look | None] = field(init=False, repr=False)
 
 
 _LOOK: ContextVar[Look | None] = ContextVar("look", default=None)
 _FUNCTION = "scaled_dot_product_attention"
+_STOCK = getattr(
+    torch._C._nn, _FUNCTION
+)  # what torch tells modes that it is about to run, whoever has replaced it in F
+_OF_RINGS = {"dropout_p", "is_causal", "scale", "enable_gqa", "_parallel_config", "return_lse"}
 _SKIPPING_HOOKS = ("pyramid_attention_broadcast", "faster_cache_block", "taylorseer_cache", "layer_skip_hook")
+_LOCK = threading.Lock()
 _users: set[object] = set()
 _replaced: dict[Any, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {}
 """By backend, or name of torch's function: ours, and what was there before."""
 
 
-def attending(seen: Seen) -> Look:
-    """Say what attention sees from now on."""
-    look = Look(seen)
-    look._token = _LOOK.set(look)
-    return look
+@contextmanager
+def attending(look: Look) -> Iterator[None]:
+    """Inside, attention of this thread sees what a look says.
+
+    Cost: 1 to 2 us for every function of torch that is called inside, to find attention among them.
+    """
+    token = _LOOK.set(look)
+    try:
+        with _Calls():
+            yield
+    finally:
+        _LOOK.reset(token)
 
 
-def done_attending(look: Look) -> None:
-    """What it saw before."""
-    _LOOK.reset(look._token)
+class _Calls(TorchFunctionMode):
+    """Sees the calls of torch's function that are made on this thread, however they came by it."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Run a function of torch; attention over all ranks."""
+        if func is _STOCK and _is_looking():
+            return _function_over_ranks(func, *args, **(kwargs or {}))
+        return func(*args, **kwargs) if kwargs else func(*args)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _is_looking() -> bool:
+    """Whether this thread's attention sees what is cut; compiled code, which cannot ask, keeps the answer.
+
+    It keeps it for good reason: that code is compiled anew where a mode comes or goes, as `attending` has one.
+    """
+    return _LOOK.get() is not None
 
 
 def install(user: object) -> None:
-    """Get in the way of all attention of this process, as it is now: also of what was put in its place by others.
+    """Get in the way of diffusers' backends, and of what somebody has put in the place of torch's function.
 
     Args:
         user: who needs that, until its `uninstall`.
     """
-    _users.add(user)
-    registry = attention_dispatch._AttentionBackendRegistry._backends
-    for name, backend in list(registry.items()):
-        if not _is_ours(name, backend):
-            ours = _seeing_backend(backend)
-            _replaced[name] = ours, backend
-            registry[name] = ours
-    function = F.scaled_dot_product_attention
-    if not _is_ours(_FUNCTION, function):
-        ours = _seeing_function(function)
-        _replaced[_FUNCTION] = ours, function
-        F.scaled_dot_product_attention = ours
+    with _LOCK:
+        _users.add(user)
+        registry = attention_dispatch._AttentionBackendRegistry._backends
+        for name, backend in list(registry.items()):
+            if not _is_ours(name, backend):
+                ours = _seeing_backend(backend)
+                _replaced[name] = ours, backend
+                registry[name] = ours
+        function = F.scaled_dot_product_attention
+        if function is not _STOCK and not _is_ours(_FUNCTION, function):
+            ours = _seeing_function(function)
+            _replaced[_FUNCTION] = ours, function
+            F.scaled_dot_product_attention = ours
 
 
 def uninstall(user: object) -> None:
     """Get out of the way once nobody needs it; what others have put in our place since then stays."""
-    _users.discard(user)
-    if _users:
-        return
-    registry = attention_dispatch._AttentionBackendRegistry._backends
-    for name, backend in list(registry.items()):
-        if _is_ours(name, backend):
-            registry[name] = _replaced[name][1]
-    if _is_ours(_FUNCTION, F.scaled_dot_product_attention):
-        F.scaled_dot_product_attention = _replaced[_FUNCTION][1]
-    _replaced.clear()
+    with _LOCK:
+        _users.discard(user)
+        if _users:
+            return
+        registry = attention_dispatch._AttentionBackendRegistry._backends
+        for name, backend in list(registry.items()):
+            if _is_ours(name, backend):
+                registry[name] = _replaced[name][1]
+        if _is_ours(_FUNCTION, F.scaled_dot_product_attention):
+            F.scaled_dot_product_attention = _replaced[_FUNCTION][1]
+        _replaced.clear()
 
 
 def may_skip(module: nn.Module) -> bool:
@@ -109,7 +149,7 @@ def _seeing_backend(backend: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     @functools.wraps(backend)
     def seeing(*args: Any, **options: Any) -> Tensor:
-        if _LOOK.get() is None:
+        if not _is_looking():
             return backend(*args, **options)
         output: Tensor = _over_ranks(backend, *args, **options)
         return output
@@ -119,6 +159,8 @@ def _seeing_backend(backend: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _over_ranks(backend: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+    if _LOOK.get() is None:  # compiled where something was seen
+        return backend(query=query, key=key, value=value, **options)
     masked = "attn_mask" in options
     mask = options.pop("attn_mask", None)
 
@@ -133,27 +175,13 @@ def _over_ranks(backend: Callable[..., Tensor], query: Tensor, key: Tensor, valu
 
 
 def _seeing_function(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """torch's function, which takes (batch, heads, tokens, head_dim), over all ranks where a sight is set."""
+    """A function like torch's, which takes (batch, heads, tokens, head_dim), over all ranks where a sight is set."""
 
-    def seeing(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Tensor:
-        options: dict[str, Any] = {
-            "dropout_p": dropout_p,
-            "is_causal": is_causal,
-            "scale": scale,
-            "enable_gqa": enable_gqa,
-        }
-        if _LOOK.get() is None:
-            return function(query, key, value, attn_mask, **options)
-        output: Tensor = _function_over_ranks(function, query, key, value, attn_mask, options)
+    @functools.wraps(function)
+    def seeing(*args: Any, **options: Any) -> Tensor:
+        if not _is_looking():
+            return function(*args, **options)
+        output: Tensor = _function_over_ranks(function, *args, **options)
         return output
 
     return seeing
@@ -165,16 +193,22 @@ def _function_over_ranks(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    mask: Tensor | None,
-    options: dict[str, Any],
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    **options: Any,
 ) -> Tensor:
+    """torch's function by its own arguments; of those that it has by keyword only, all are passed on."""
+    options.update(dropout_p=dropout_p, is_causal=is_causal)
+    if _LOOK.get() is None:  # compiled where something was seen
+        return function(query, key, value, attn_mask, **options)
 
     def kernel(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         output = function(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), mask, **options)
         return output.transpose(1, 2)
 
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-    call = Call(query, key, value, _in_four_dims(mask), options["scale"], options["is_causal"])
+    call = Call(query, key, value, _in_four_dims(attn_mask), options.get("scale"), is_causal)
     return _attend(call, kernel, options).transpose(1, 2)
 
 
@@ -204,8 +238,10 @@ def _check(sight: Sight, options: dict[str, Any]) -> None:
             f"attention with dropout_p={options['dropout_p']} differs from rank to rank. Set the denoiser to eval(), "
             "as pipelines do, or use ulysses_degree=1 and ring_degree=1."
         )
-    if options.get("attention_kwargs") and sight.streams.ring.size > 1:
-        raise GenerationError(
-            f"attention with {options['attention_kwargs']} cannot go around a ring of {sight.streams.ring.size}: its "
-            "parts are computed by another kernel. Use ulysses_degree in place of ring_degree."
-        )
+    ring = sight.streams.ring.size
+    for name in () if ring == 1 else options.keys() - _OF_RINGS:
+        if options[name]:
+            raise GenerationError(
+                f"attention with {name}={options[name]} cannot go around a ring of {ring}: its parts are computed by "
+                "another kernel. Use ulysses_degree in place of ring_degree."
+            )

@@ -5,6 +5,9 @@ Owns which of these is carried out. Does not know how.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping, Sequence
+
 from torch import nn
 
 from penstock.config import ParallelConfig
@@ -15,6 +18,8 @@ from penstock.distributed.sequence.plan import SequenceParallelModelPlan, sequen
 from penstock.errors import DeclarationError
 from penstock.models.rows.table import reason_of, row_of
 from penstock.undo import Undo
+
+_RESIDUALS = re.compile(r"control|residual|block_samples|adapter")
 
 
 def check_sequences(denoiser: nn.Module, config: ParallelConfig) -> None:
@@ -38,8 +43,37 @@ def check_sequences(denoiser: nn.Module, config: ParallelConfig) -> None:
     check_sequence(denoiser, config)
 
 
-def apply_sequences(denoiser: nn.Module, mesh: Mesh) -> Undo:
-    """Split the sequences of a denoiser, which `check_sequences` has passed, over a mesh's ring and Ulysses ranks."""
+def knows_sequences(denoiser: nn.Module) -> bool:
+    """Whether a row or a plan says how the sequences of a denoiser's class are split."""
+    return row_of(denoiser) is not None or _plan_of(denoiser) is not None
+
+
+def entries_between_blocks(denoiser: nn.Module) -> tuple[str, ...]:
+    """The arguments by which results of another model enter a denoiser between its blocks, and are cut.
+
+    Args:
+        denoiser: of which a row or a plan is known.
+
+    Returns:
+        Those that the row names as residuals, or those that the plan splits and that are named as residuals are.
+    """
+    plan = _plan_of(denoiser)
+    if plan is None:
+        row = row_of(denoiser)
+        return () if row is None else tuple(row.residuals)
+    specs = [spec for spec in plan.values() if isinstance(spec, Mapping)]
+    names = dict.fromkeys(name for spec in specs for name in spec if isinstance(name, str))
+    return tuple(name for name in names if _RESIDUALS.search(name))
+
+
+def apply_sequences(denoiser: nn.Module, mesh: Mesh, others: Sequence[nn.Module] = ()) -> Undo:
+    """Split the sequences of a denoiser over a mesh's ring and Ulysses ranks.
+
+    Args:
+        denoiser: that `check_sequences` has passed.
+        mesh: whose `ring` and `ulysses` axes are used.
+        others: models that run by themselves, and may have modules in common with the denoiser. They run whole.
+    """
     if mesh["sequence"].size == 1:
         return Undo()
     plan = _plan_of(denoiser)
@@ -47,7 +81,7 @@ def apply_sequences(denoiser: nn.Module, mesh: Mesh) -> Undo:
         return apply_declared(denoiser, plan, mesh)
     row = row_of(denoiser)
     assert row is not None  # checked, when all blocks were there
-    return apply_sequence(denoiser, row, mesh)
+    return apply_sequence(denoiser, row, mesh, others)
 
 
 def _plan_of(denoiser: nn.Module) -> SequenceParallelModelPlan | None:

@@ -24,6 +24,7 @@ REFUSED: dict[str, str] = {
     "UNet2DConditionModel": _CONVOLUTIONS,
     "UNet2DModel": _CONVOLUTIONS,
     "UNet3DConditionModel": _CONVOLUTIONS,
+    "UNetControlNetXSModel": _CONVOLUTIONS,
     "UNetMotionModel": _CONVOLUTIONS,
     "UNetSpatioTemporalConditionModel": _CONVOLUTIONS,
     "WanAnimate2Transformer3DModel": "its attention packs frames into blocks and reads cached keys",

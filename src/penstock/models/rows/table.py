@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 from torch import nn
 
@@ -30,6 +31,26 @@ def row_of(denoiser: nn.Module) -> Row | None:
         if owner.__name__ in ROWS or owner.__name__ in refused.REFUSED:
             return ROWS.get(owner.__name__)
     return None
+
+
+def strange_arguments(denoiser: nn.Module) -> tuple[str, ...]:
+    """Arguments of a denoiser's forward of which its row knows nothing: the class that it is for does not take them.
+
+    Args:
+        denoiser: whose class may be below the one that the row is for.
+
+    Returns:
+        Their names, in order; none where the row is for the denoiser's own class, or there is no row.
+    """
+    lines = type(denoiser).__mro__
+    owner: Any = next((kind for kind in lines if "_sequence_row" in vars(kind) or kind.__name__ in ROWS), None)
+    row = row_of(denoiser)
+    if owner is None or row is None:
+        return ()
+    known = {*inspect.signature(owner.forward).parameters, *row.residuals, *row.refuses}
+    taken = inspect.signature(type(denoiser).forward).parameters.values()
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return tuple(item.name for item in taken if item.name not in known and item.kind not in variadic)
 
 
 def reason_of(denoiser: nn.Module) -> str | None:
