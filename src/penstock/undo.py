@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial, wraps
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 
 class Undo:
@@ -37,3 +38,18 @@ class Undo:
         while self._steps:
             self._steps[-1]()
             self._steps.pop()
+
+    def wrap(self, owner: Any, name: str, around: Callable[..., Any]) -> None:
+        """Have a method of one object called through `around`, which is given the method and then its arguments.
+
+        An attribute that the object itself has under this name comes back.
+        """
+        own, stock = vars(owner), getattr(owner, name)
+        hidden = {name: own[name]} if name in own else {}
+
+        def unwrap() -> None:
+            own.pop(name, None)
+            own.update(hidden)
+
+        self.add(unwrap)
+        own[name] = wraps(stock)(partial(around, stock))

@@ -343,7 +343,7 @@ def test_what_fails_half_way_leaves_nothing_behind(method: str, monkeypatch: pyt
 
         monkeypatch.setattr(type(vae), method, enable_tiling)
     else:
-        monkeypatch.setattr("penstock.distributed.tiles.wraps", lambda stock: interrupted_by(stock.__name__))
+        monkeypatch.setattr("penstock.undo.wraps", lambda stock: interrupted_by(stock.__name__))
     with pytest.raises(KeyboardInterrupt):
         apply_tiles(vae, Group("vae", 0, (0, 1), None))
     assert vars(vae) == before

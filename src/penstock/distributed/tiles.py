@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from functools import partial, wraps
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -53,7 +53,7 @@ def apply_tiles(vae: nn.Module, group: Group) -> Undo:
         _enable_tiling(vae, undo)
         for name in (*_DECODES, *_ENCODES):
             if hasattr(vae, name):
-                _wrap(vae, name, tiles, undo)
+                undo.wrap(vae, name, partial(tiles.run, name))
     return undo
 
 
@@ -222,16 +222,3 @@ def _enable_tiling(vae: Any, undo: Undo) -> None:
         vae.enable_tiling()
     finally:
         changed.update((name, value) for name, value in before.items() if vars(vae)[name] is not value)
-
-
-def _wrap(vae: nn.Module, name: str, tiles: _Tiles, undo: Undo) -> None:
-    """Put a tiled method behind the group's."""
-    own, stock = vars(vae), getattr(vae, name)
-    hidden = {name: own[name]} if name in own else {}
-
-    def unwrap() -> None:
-        own.pop(name, None)
-        own.update(hidden)
-
-    undo.add(unwrap)
-    own[name] = wraps(stock)(partial(tiles.run, name, stock))

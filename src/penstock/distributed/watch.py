@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import math
 import os
 import sys
 import threading
@@ -178,37 +179,56 @@ class Watch:
         if reason is not None:
             raise GenerationError(f"{reason}. Start all ranks again.") from error
 
-    def gather(self, value: T, kind: type[T]) -> list[T]:
-        """The value of each rank of this call, in their order; waits for the slowest without a deadline.
+    def gather(self, value: T, kind: type[T], patience_s: float = math.inf) -> list[T]:
+        """The value of each rank of this call, in their order; waits for the slowest.
 
         For what ranks finish at very different times: no exchange, which has one. To be called inside, by all ranks.
 
         Args:
             value: numbers, texts, lists, mappings, and small: it goes through the store.
             kind: its type, which those of the others are held to.
+            patience_s: seconds after which a rank that has not entered this call is missing.
 
         Raises:
-            GenerationError: where another rank failed, or is gone: names it; for a value that no rank has written.
+            GenerationError: where another rank failed, is gone, or is missing: names it; for a value that no rank has
+                written.
 
         Cost: 20 small messages per second of waiting.
         """
         call, number = self._call, self._num_gathered
         self._num_gathered += 1
-        looked_s = time.monotonic()
+        began_s = looked_s = time.monotonic()
+        pause_s = _GATHER_POLL_S / 64
         try:
+            if math.isfinite(patience_s):  # another may have lost it
+                self._refuse_in_vain(call, number, kind, False)
             self._board.bring(self._rank, call, number, value)
             with noted(call.ranks):
                 while (values := self._board.brought(call, number, kind)) is None:
-                    time.sleep(_GATHER_POLL_S)
+                    time.sleep(pause_s)
+                    pause_s = min(2 * pause_s, _GATHER_POLL_S)
                     if time.monotonic() - looked_s < self._poll_s:
                         continue
                     looked_s = time.monotonic()
-                    blame = self._blame(self._board, call)
-                    if blame is not None and self._board.brought(call, number, kind) is None:
-                        raise GenerationError(f"{blame.line}. Start all ranks again.")
+                    self._refuse_in_vain(call, number, kind, looked_s - began_s > patience_s)
         except RuntimeError as error:
             raise GenerationError(f"{_NO_STORE}. Start all ranks again.") from error
         return values
+
+    def _refuse_in_vain(self, call: Call, number: int, kind: type[Any], is_late: bool) -> None:
+        """Raise where a value of this call never comes: its rank failed, is gone, or, once it is late, is elsewhere."""
+        blame = self._blame(self._board, call)
+        missing = [rank for rank in call.ranks if is_late and self._board.place_of(rank).is_before(call)]
+        if self._board.brought(call, number, kind) is not None:
+            return
+        if blame is not None:
+            raise GenerationError(f"{blame.line}. Start all ranks again.")
+        if missing:
+            who = " and ".join(f"rank {rank}" for rank in missing)
+            raise GenerationError(
+                f"{who} did not make the call that rank {self._rank} waits in. Ranks that share a model call it "
+                "together, with the same arguments: make the call on every rank, or on a pipeline that is not split."
+            )
 
     def _reason(self, own: Failure, num_before: int, ranks: tuple[int, ...]) -> str | None:
         """Which other rank made an exchange of some ranks fail; None where this rank is to blame itself."""

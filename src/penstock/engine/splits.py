@@ -33,6 +33,9 @@ from penstock.profile import Role
 from penstock.undo import Undo
 from penstock.weights.maps import MappedFiles
 
+_VAE_CALLS = ("encode", "decode")
+PLAIN_IS_TILED = True
+
 
 def check_splits(pipeline: Any, parallel: ParallelConfig) -> None:
     """Refuse what a pipeline's classes cannot do.
@@ -134,6 +137,7 @@ def split_work(pipeline: Any, mesh: Mesh, meeting: Meeting | None = None) -> Und
         if mesh["vae"].size > 1:
             for vae in _tiled_vaes(pipeline, mesh["vae"].size):
                 undo.add(apply_tiles(vae, mesh["vae"]).run)
+                undo.add(apply_agreement(vae, mesh, [name for name in _VAE_CALLS if hasattr(vae, name)]).run)
         undo.add(apply_together(pipeline, mesh, meeting).run)
     return undo
 

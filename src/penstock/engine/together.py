@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, Protocol
 
@@ -33,6 +33,8 @@ from penstock.undo import Undo
 
 _CALLBACKS = ("callback_on_step_end", "callback")
 _STOCK = "_penstock_stock"
+_PATIENCE_S = 20.0
+"""How long a rank waits for others to make the same call by hand: long beside what computes, short beside a hang."""
 _OF_DIFFUSERS = (
     PipelineCallback,
     MultiPipelineCallbacks,
@@ -170,34 +172,59 @@ def shares_weights(mesh: Mesh) -> bool:
     return len(set(mesh["cfg"].ranks) & set(mesh["shard"].ranks)) > 1
 
 
-def apply_agreement(denoiser: nn.Module, mesh: Mesh) -> Undo:
-    """Have ranks agree on each call of a denoiser that no call of its pipeline surrounds.
+def apply_agreement(component: nn.Module, mesh: Mesh, methods: Sequence[str] = ()) -> Undo:
+    """Have ranks agree on each call of a split component that no call of its pipeline surrounds.
 
-    Another pipeline with the same denoiser (`from_pipe`), or a program that calls it, exchanges with the other ranks as
-    well: with different arguments there, it would make a picture of nobody's.
+    Another pipeline with the same component (`from_pipe`), or a program that calls it, exchanges with the other ranks
+    as well: with different arguments there, it would make a picture of nobody's.
 
     Args:
-        denoiser: whose forward takes other ranks.
+        component: a denoiser or a VAE, whose calls take other ranks.
         mesh: whose `replica` axis holds them.
+        methods: of the component, that exchange; its forward where none is given.
 
     Returns:
         What takes the check away.
 
     Raises:
         RequestError: (from the call, on every rank) where ranks call it with different arguments.
+        GenerationError: (from the call) where another rank does not call it within `_PATIENCE_S`.
 
-    Cost: nothing within the pipeline's call; else one small exchange, and the arguments are read once.
+    Cost: nothing within the pipeline's call; else some small messages, and the arguments are read once.
     """
-    undo = Undo()
-    group = mesh["replica"]
+    name = type(component).__name__
+    with Undo() as undo:
+        if not methods:
 
-    def agree(_: nn.Module, args: Any, kwargs: Any) -> None:
-        if not parallel_state.is_in_call(mesh):
-            with current_watch(group.ranks) or nullcontext():
-                _require_equal(group, args, kwargs)
+            def agree(_: nn.Module, args: Any, kwargs: Any) -> None:
+                if not parallel_state.is_in_call(mesh):
+                    with current_watch(mesh["replica"].ranks) or nullcontext():
+                        _agree_by_hand(name, mesh, args, kwargs)
 
-    undo.add(denoiser.register_forward_pre_hook(agree, prepend=True, with_kwargs=True).remove)
+            undo.add(component.register_forward_pre_hook(agree, prepend=True, with_kwargs=True).remove)
+        for method in methods:
+            undo.wrap(component, method, functools.partial(_call_agreed, f"{name}.{method}", mesh))
     return undo
+
+
+def _call_agreed(name: str, mesh: Mesh, stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """A method that exchanges, watched and agreed upon where no call of the pipeline is around it."""
+    if parallel_state.is_in_call(mesh):
+        return stock(*args, **kwargs)
+    with current_watch(mesh["replica"].ranks) or nullcontext():
+        _agree_by_hand(name, mesh, args, kwargs)
+        with parallel_state.using(mesh):  # what it calls in turn has been agreed upon
+            return stock(*args, **kwargs)
+
+
+def _agree_by_hand(name: str, mesh: Mesh, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Have the same arguments and the same random numbers on every rank; none waits long for one that does not come."""
+    group = mesh["replica"]
+    watch = current_watch(group.ranks)
+    own = _digest((name, args, sorted(kwargs.items())))
+    digests = [own] if watch is None else watch.gather(own, int, _PATIENCE_S)
+    _refuse_different(group, digests, f"{name}({', '.join(kwargs) or 'of tensors'})")
+    _share_random_states(mesh, args, kwargs)
 
 
 def _seeing_callbacks(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -215,14 +242,23 @@ def _seeing(callback: Any) -> Any:
 
 
 def _require_equal(group: Group, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    text = "\n".join(_told((args, sorted(kwargs.items()))))
-    digest = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")
-    digests = [int(part) for part in group.all_gather(torch.tensor([digest]))]
+    own = _digest((args, sorted(kwargs.items())))
+    digests = [int(part) for part in group.all_gather(torch.tensor([own]))]
+    _refuse_different(group, digests, ", ".join(kwargs))
+
+
+def _digest(arguments: Any) -> int:
+    """A number that tells calls apart by their arguments."""
+    text = "\n".join(_told(arguments))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")
+
+
+def _refuse_different(group: Group, digests: Sequence[int], told: str) -> None:
     other = next((rank for rank, found in enumerate(digests) if found != digests[0]), None)
     if other is not None:
         raise RequestError(
             f"rank {other} of {group.size} was called with other arguments than rank 0, and they make one picture "
-            f"together (this is rank {group.rank}: {', '.join(kwargs)}). Give every rank the same prompt, settings and "
+            f"together (this is rank {group.rank}: {told}). Give every rank the same prompt, settings and "
             "pictures, and tensors that are drawn with the same seed."
         )
 
