@@ -62,6 +62,7 @@ def test_every_flag_reaches_its_setting(started: dict[str, Any], tmp_path: Path)
         "trusted_proxy": ["127.0.0.1", "10.0.0.0/8"],
         "start_timeout_s": 8.0,
         "step_timeout_s": 9.0,
+        "rank_timeout_s": 10.0,
         "log_format": "json",
         "no_auth": True,
     }

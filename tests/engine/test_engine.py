@@ -260,7 +260,7 @@ def test_ranks_end_with_the_process_that_started_them(tmp_path: Path) -> None:
 def test_a_rank_that_dies_or_hangs_fails_what_ran_and_is_started_again(
     tmp_path: Path, number: signal.Signals, rank: int, code: str
 ) -> None:
-    engine = running(ParallelConfig(ulysses_degree=2), silence_s=2.0)
+    engine = running(ParallelConfig(ulysses_degree=2), rank_timeout_s=2.0)
     engine.wait_ready()
     before = engine.status().groups[0]
     events, struck_s = [], 0.0

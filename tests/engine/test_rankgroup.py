@@ -171,13 +171,13 @@ def test_silence_counts_once_a_rank_is_ready(processes: Scripts) -> None:
     group = RankGroup(0, 1, WORK)
     group.start()
     group.ranks[1].heard_s -= 10
-    assert group.first_silent(5) is None  # it loads
+    assert group.first_silent(5, 1000) is None  # it loads
     group.ranks[1].heard_s -= 120
-    assert group.first_silent(5) is group.ranks[1]
+    assert group.first_silent(5, 1000) is group.ranks[1]
     group.ranks[1].heard_s += 120
     group.ranks[1].is_ready = True
-    silent = group.first_silent(5)
-    assert silent is not None and silent.number == 1 and group.first_silent(15) is None
+    silent = group.first_silent(5, 1000)
+    assert silent is not None and silent.number == 1 and group.first_silent(15, 1000) is None
     end(group)
 
 

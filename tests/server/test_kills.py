@@ -18,6 +18,7 @@ from tests.server.served import Served, served
 
 pytestmark = pytest.mark.thorough
 NOTICED_S = 10.0
+QUICK = ("--rank-timeout-s", "3")
 SHORT: dict[str, Any] = {"prompt": "a", "size": "64x64", "num_inference_steps": 1, "num_frames": 9}
 LONG: dict[str, Any] = {**SHORT, "num_inference_steps": 1000}
 
@@ -30,7 +31,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def pair(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """A server whose one group has two ranks."""
-    with served(folder, tmp_path_factory.mktemp("pair"), "--cfg-parallel-size", "2") as server:
+    with served(folder, tmp_path_factory.mktemp("pair"), "--cfg-parallel-size", "2", *QUICK) as server:
         yield server
 
 

@@ -43,6 +43,7 @@ def test_lists_are_copies_and_none_is_an_empty_one() -> None:
         *((name, [0, -1, "4", True, 1.0]) for name in ("max_queue", "max_batch_size", "max_images", "ttl_s")),
         ("start_timeout_s", [0, -1.0, float("nan")]),
         ("step_timeout_s", [0.0]),
+        ("rank_timeout_s", [0.0, -2.0]),
         ("max_upload", ["4G", "-1", "0"]),
         ("allow_host", [["a b"], [""], ["example.org:80"], ["http://example.org"], ["good.org", "::1"]]),
         ("max_storage", ["lots"]),

@@ -39,6 +39,7 @@ def serve(
         max_batch_size=settings.max_batch_size,
         start_timeout_s=settings.start_timeout_s,
         step_timeout_s=settings.step_timeout_s,
+        rank_timeout_s=settings.rank_timeout_s,
     )
     engine = Engine(model, parallel=parallel, load=load, config=limits)
     raise typer.Exit(run(settings, engine, model=model, options=asked(load, parallel), say=say))

@@ -13,6 +13,7 @@ import math
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
@@ -46,6 +47,7 @@ from penstock.wire import (
 )
 
 _TICK_MS = 100
+_PAUSE_S = 1.0  # between two steps, after which this process counts as having stood still
 _GRACE_S = 5.0
 _Answer = Future[Failure | None]
 
@@ -58,6 +60,7 @@ class Fleet:
         parallel: how the work is split.
         load: how the model is loaded.
         config: limits.
+        clock: tells seconds.
 
     Attributes:
         description: what the pipeline is, once a group was ready.
@@ -66,15 +69,22 @@ class Fleet:
         ConfigError: for more ranks than this machine can reasonably have.
     """
 
-    def __init__(self, model: str, parallel: ParallelConfig, load: LoadConfig, config: EngineConfig) -> None:
+    def __init__(
+        self,
+        model: str,
+        parallel: ParallelConfig,
+        load: LoadConfig,
+        config: EngineConfig,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         require_startable(parallel.world_size, parallel.equation())
         self.description: dict[str, Any] | None = None
-        self._config = config
+        self._config, self._clock, self._stepped_s = config, clock, math.inf
         self._post = Post()
         num_groups = parallel.data_parallel_size
         one = replace(parallel, data_parallel_size=1)
         work = WorkConfig(address="", name="", model=model, load=load, parallel=one)
-        self._groups = [RankGroup(number, num_groups, work) for number in range(num_groups)]
+        self._groups = [RankGroup(number, num_groups, work, clock) for number in range(num_groups)]
         self._tasks = Tasks(config.max_queue, num_groups)
         self._lock = threading.RLock()
         self._settled = threading.Event()  # a group was ready, or none ever will be
@@ -165,7 +175,7 @@ class Fleet:
             raise NotReadyError(f"all groups of ranks have failed for good: {self._groups[0].message}")
 
     def _status_of(self, group: RankGroup) -> GroupStatus:
-        now_s = time.monotonic()
+        now_s = self._clock()
         ranks = [
             RankStatus(
                 rank=rank.number,
@@ -205,7 +215,12 @@ class Fleet:
     def step(self) -> None:
         """Hear, mind, hand out; waits at most a tenth of a second."""
         heard = self._post.hear(_TICK_MS)
+        now_s = self._clock()
+        paused_s, self._stepped_s = now_s - self._stepped_s, now_s
         with self._lock:
+            if paused_s > _PAUSE_S:
+                for group in self._groups:
+                    group.excuse(paused_s)
             for name, message in heard:
                 self._take_in(name, message)
             for group in self._groups:
@@ -219,7 +234,7 @@ class Fleet:
         if not found:
             return
         group, rank = found[0]
-        rank.heard_s = time.monotonic()
+        rank.heard_s = self._clock()
         match message:
             case Beat():
                 rank.device_bytes, rank.host_bytes = message.device_bytes, message.host_bytes
@@ -271,7 +286,7 @@ class Fleet:
 
     def _mind(self, group: RankGroup) -> None:
         """Start what is due, and end what died, hangs, or does not get ready."""
-        now_s = time.monotonic()
+        now_s = self._clock()
         is_gone = group.is_gone()
         if group.state == "restarting" and now_s >= group.due_s and is_gone:
             try:
@@ -283,12 +298,13 @@ class Fleet:
             return
         for rank in group.ranks:
             rank.forget()
-        dead, silent = group.first_dead(), group.first_silent(self._config.silence_s)
+        dead = group.first_dead()
+        silent = group.first_silent(self._config.rank_timeout_s, self._config.step_timeout_s)
         if dead is not None:
             self._restart(group, Failure(code="rank_died", message=f"{how_it_ended(dead)}. Ask again."))
         elif silent is not None:
-            silence = f"rank {silent.number} has been silent for {now_s - silent.heard_s:.0f} s"
-            self._restart(group, Failure(code="rank_hung", message=f"{silence}, and was ended. Ask again."))
+            why = f"{group.silence_of(silent)}, and was ended. Ask again, or give a larger --rank-timeout-s."
+            self._restart(group, Failure(code="rank_hung", message=why))
         elif group.state == "starting" and now_s - group.begun_s > self._config.start_timeout_s:
             late = f"its ranks were not ready after {self._config.start_timeout_s:g} s ({group.message or 'no word'})"
             self._restart(group, Failure(code="rank_hung", message=f"{late}. Give a larger --start-timeout-s."))
@@ -350,7 +366,7 @@ class Fleet:
             orders = self._tasks.take(group.number, self._config.max_batch_size) if group.state == "idle" else []
             if not orders:
                 continue
-            group.state, group.moved_s = "busy", time.monotonic()
+            group.state, group.moved_s = "busy", self._clock()
             for rank in group.ranks:
                 rank.is_working = True
             self._tell(group.ranks, Run(tuple(orders)))
@@ -375,13 +391,10 @@ class Fleet:
                 group.fail("the engine is closed")
                 self._let_go(group, names, failure)
             self._tasks.fail_waiting(failure)
-            self._refuse_asked()
+            while self._asked:
+                self._asked.popleft()[1].set_exception(NotReadyError("the engine is closed. Make a new one."))
             self._post.close()
             self._settled.set()
         for group in self._groups:
             group.wait(math.inf)
             group.is_gone()
-
-    def _refuse_asked(self) -> None:
-        while self._asked:
-            self._asked.popleft()[1].set_exception(NotReadyError("the engine is closed. Make a new one."))

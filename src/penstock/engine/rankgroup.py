@@ -12,6 +12,7 @@ import socket
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from subprocess import PIPE, TimeoutExpired
@@ -20,14 +21,17 @@ from typing import IO, Literal
 import msgspec
 
 from penstock.config import LoadConfig, ParallelConfig
+from penstock.distributed.environment import LOOPBACK
 from penstock.distributed.launcher import GROUPS, LISTENER
-from penstock.engine.processes import LOOPBACK, RankProcess, rank_variables, start
+from penstock.engine.liveness import SignsOfLife, read_activity
+from penstock.engine.processes import RankProcess, rank_variables, start
 
 State = Literal["starting", "idle", "busy", "restarting", "failed"]
 
 _FIRST_WAIT_S = 0.5
 _LONGEST_WAIT_S = 60.0
 _LOADING_S = 120.0  # without a word: its libraries may come from a slow disk
+_LOOKS_AFTER_S = 1.0  # a rank beats twice a second
 _KEPT_BYTES = 2**23
 _SECRETS = ("PENSTOCK_API_KEYS", "AWS_", "PGPASS", "PGSERVICE", "PGSSL")
 """What names of variables begin with that ranks have no use for."""
@@ -59,7 +63,8 @@ class Rank(RankProcess):
     Attributes:
         name: on the wire; another one after each start.
         said: what it prints.
-        heard_s: when it last said anything, on the monotonic clock.
+        heard_s: when it last said anything, on the group's clock.
+        signs: what it was seen doing since, where it says nothing.
         is_ready: whether it has loaded the model.
         is_working: whether it has been given work and has not ended it.
         device_bytes: that its weights and activations hold on the device.
@@ -70,6 +75,7 @@ class Rank(RankProcess):
     name: str
     said: IO[bytes]
     heard_s: float
+    signs: SignsOfLife = field(default_factory=SignsOfLife)
     is_ready: bool = False
     is_working: bool = False
     device_bytes: int = 0
@@ -100,6 +106,7 @@ class RankGroup:
         number: among the groups of an engine.
         num_groups: of the engine; they share this machine.
         work: what ranks are told; `name` is set for each.
+        clock: tells seconds.
 
     Attributes:
         state: starting; idle or busy once all ranks are ready; restarting while it waits to be started again; failed
@@ -115,6 +122,7 @@ class RankGroup:
     number: int
     num_groups: int
     work: WorkConfig
+    clock: Callable[[], float] = time.monotonic
     state: State = "restarting"
     ranks: list[Rank] = field(default_factory=list)
     num_restarts: int = -1
@@ -134,7 +142,7 @@ class RankGroup:
             OSError: where not all could be started; none is left.
         """
         self.num_restarts += 1
-        self.begun_s = time.monotonic()
+        self.begun_s = self.clock()
         self.state, self.message = "starting", ""
         with socket.create_server((LOOPBACK, 0)) as listener:
             shared = self._variables(listener.getsockname()[1])
@@ -165,7 +173,7 @@ class RankGroup:
         if process.stdin is not None:
             with suppress(BrokenPipeError), process.stdin as told:  # it is dead already, which is noticed
                 told.write(msgspec.json.encode(msgspec.structs.replace(self.work, name=name)))
-        return Rank(number=number, name=name, process=process, said=said, has_session=True, heard_s=time.monotonic())
+        return Rank(number=number, name=name, process=process, said=said, has_session=True, heard_s=self.clock())
 
     def _variables(self, port: int) -> dict[str, str]:
         """The environment that the ranks share: what torchrun sets, their own GPUs, and a fair part of the CPU."""
@@ -190,20 +198,53 @@ class RankGroup:
         """A rank whose process has ended by itself."""
         return next((rank for rank in self.ranks if rank.process.poll() is not None), None)
 
-    def first_silent(self, most_s: float) -> Rank | None:
-        """A rank that has said nothing for so long, or, while it loads, for two minutes."""
-        now_s = time.monotonic()
+    def first_silent(self, most_s: float, longest_s: float) -> Rank | None:
+        """A rank that is hung: it says nothing, and nothing shows that it would if it could.
+
+        Signs of life are a step of the group, which all its ranks take together, and what the system tells of its
+        process (`liveness`).
+
+        Args:
+            most_s: seconds that a rank may show no sign of life; while it loads two minutes, if that is more.
+            longest_s: seconds that it may say nothing, whatever else it does.
+        """
+        now_s = self.clock()
         for rank in self.ranks:
-            if now_s - rank.heard_s > (most_s if rank.is_ready else max(most_s, _LOADING_S)):
+            limit_s = most_s if rank.is_ready else max(most_s, _LOADING_S)
+            if now_s - rank.heard_s > _LOOKS_AFTER_S:
+                rank.signs.look(now_s, read_activity(rank.process.pid))
+            else:
+                rank.signs.forget()
+            alive_s = max(rank.heard_s, rank.signs.seen_s, self.moved_s)
+            if now_s - alive_s > limit_s or now_s - rank.heard_s > max(limit_s, longest_s):
                 return rank
         return None
+
+    def silence_of(self, rank: Rank) -> str:
+        """In words: how long a rank has said nothing, and what it does instead."""
+        now_s = self.clock()
+        if rank.signs.is_stopped:
+            what = "a signal or a debugger has stopped it"
+        elif rank.signs.seen_s > now_s - 2 * _LOOKS_AFTER_S:
+            what = "although it computes"
+        else:
+            what = "and does nothing"
+        return f"rank {rank.number} has been silent for {now_s - rank.heard_s:.0f} s, {what}"
+
+    def excuse(self, paused_s: float) -> None:
+        """Count no time in which this process itself stood still: the whole machine may have."""
+        self.begun_s += paused_s
+        self.moved_s += paused_s
+        for rank in self.ranks:
+            rank.heard_s += paused_s
+            rank.signs.forget()
 
     def fall(self, message: str) -> None:
         """End what is left after a failure, and say when it is to be started again."""
         self.kill()
         self.message = message
         self.state = "restarting"
-        self.due_s = time.monotonic() + min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2 ** min(self._num_failures, 10))
+        self.due_s = self.clock() + min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2 ** min(self._num_failures, 10))
         self._num_failures += 1
 
     def fail(self, message: str) -> None:

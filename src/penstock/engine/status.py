@@ -22,7 +22,8 @@ class EngineConfig:
         max_batch_size: orders that may run as one batch; 1 is off.
         start_timeout_s: seconds until a group of ranks must be ready.
         step_timeout_s: seconds without any sign of progress after which ranks that work count as hung.
-        silence_s: seconds without a beat after which a rank counts as hung.
+        rank_timeout_s: seconds after which a rank that says nothing and shows no other sign of life counts as hung; one
+            that only says nothing, because it computes or the machine is busy, has `step_timeout_s`.
 
     Raises:
         ConfigError: for a value out of range.
@@ -32,13 +33,13 @@ class EngineConfig:
     max_batch_size: int = 1
     start_timeout_s: float = 1800.0
     step_timeout_s: float = 1800.0
-    silence_s: float = 4.0
+    rank_timeout_s: float = 30.0
 
     def __post_init__(self) -> None:
         for name in ("max_queue", "max_batch_size"):
             if not is_whole(getattr(self, name), 1):
                 raise ConfigError(f"{name}={getattr(self, name)!r} is not a whole number from 1 up.")
-        for name in ("start_timeout_s", "step_timeout_s", "silence_s"):
+        for name in ("start_timeout_s", "step_timeout_s", "rank_timeout_s"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name}={getattr(self, name)!r} is no time. Give seconds above 0.")
 

@@ -86,6 +86,7 @@ class ServeConfig:
     )
     start_timeout_s: float = option(1800.0, "Seconds until a group of ranks must be ready.", "SECONDS")
     step_timeout_s: float = option(1800.0, "Seconds without a step after which ranks count as hung.", "SECONDS")
+    rank_timeout_s: float = option(30.0, "Seconds without a sign of life after which a rank counts as hung.", "SECONDS")
     log_format: str = option("text", "text for people, json for machines.", "FORMAT")
 
     def __post_init__(self) -> None:
@@ -96,7 +97,7 @@ class ServeConfig:
         for name in ("max_queue", "max_batch_size", "max_images", "max_steps", "max_frames", "ttl_s"):
             if not is_whole(getattr(self, name), 1):
                 raise ConfigError(f"{name}={getattr(self, name)!r} is not a whole number from 1 up. Give one.")
-        for name in ("start_timeout_s", "step_timeout_s"):
+        for name in ("start_timeout_s", "step_timeout_s", "rank_timeout_s"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name}={getattr(self, name)} is no time. Give seconds above 0.")
         for name in ("max_upload", "max_storage"):
