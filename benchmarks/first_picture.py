@@ -17,6 +17,8 @@ import tempfile
 import time
 from importlib.resources import files
 
+from penstock.distributed.launcher import bound
+
 PROMPT = "a red circle left of a blue square"
 PLAIN = f"""
 import json, torch
@@ -39,7 +41,8 @@ def seconds(arguments: list[str], threads: int) -> float:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(threads)}
     with tempfile.TemporaryDirectory() as folder:
         begun_s = time.perf_counter()
-        subprocess.run([sys.executable, *arguments], cwd=folder, env=environment, check=True, capture_output=True)
+        command = bound([sys.executable, *arguments])
+        subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True)
         return time.perf_counter() - begun_s
 
 

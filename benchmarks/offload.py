@@ -27,6 +27,8 @@ from offload_checkpoint import Shape, is_complete, num_weight_bytes, weight_file
 from offload_meter import MemoryGroup, evict, read_ahead_bytes, read_bandwidth
 from offload_verdict import medians, print_aims, print_systems, summary
 
+from penstock.distributed.launcher import bound
+
 SYSTEMS = ("plain", "plain-capped", "penstock", "accelerate", "diffusers")
 RECORDED = ("tokens", "steps", "rounds", "threads", "gib", "heads", "budget_share", "prefetch")
 HERE = Path(__file__).parent
@@ -65,7 +67,7 @@ def ready_checkpoint(options: argparse.Namespace) -> Path:
         print(f"writing a checkpoint of {shape.doubles} double and {shape.singles} single blocks", flush=True)
         sizes = [f"--doubles={shape.doubles}", f"--singles={shape.singles}", f"--heads={shape.heads}"]
         script = HERE / "offload_checkpoint.py"
-        subprocess.run([sys.executable, str(script), str(folder), *sizes], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(bound([sys.executable, str(script), str(folder), *sizes]), check=True, stdout=subprocess.DEVNULL)
     return folder
 
 
@@ -107,7 +109,7 @@ def run(system: str, checkpoint: Path, output: Path, cap_bytes: int, options: ar
         command += [] if cap_bytes or system == "plain" else ["--drop-cache"]
         try:
             done = subprocess.run(
-                group.wrap(command) if group else command,
+                bound(group.wrap(command) if group else command),
                 env=environment,
                 capture_output=True,
                 text=True,

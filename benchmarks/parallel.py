@@ -29,6 +29,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from penstock.distributed.launcher import bound
+
 SCRIPT = Path(__file__).with_name("parallel_systems.py")
 DENOISER = ("ulysses", "ring", "tensor", "diffusers-ulysses", "diffusers-ring")
 SYSTEMS = {
@@ -95,7 +97,7 @@ class Process:
         ]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **ranks}
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+            bound(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
 
     def ask(self, system: str) -> None:

@@ -19,6 +19,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from penstock.distributed.launcher import bound
+
 HERE = Path(__file__).parent
 MOST_START_S = 120.0
 MOST_END_S = 30.0
@@ -39,7 +41,7 @@ class Talker:
     def __init__(self, script: str, *arguments: str) -> None:
         command = [sys.executable, str(HERE / script), *arguments]
         self._process = subprocess.Popen(
-            command,
+            bound(command),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -120,7 +122,7 @@ class Server:
         command += ["--storage", f"file://{folder}/files", "--database", f"sqlite:///{folder}/jobs.sqlite", *options]
         begun_s = time.perf_counter()
         with self._log.open("wb") as log:
-            self._process = subprocess.Popen(command, stdout=log, stderr=log, env=ENVIRONMENT)
+            self._process = subprocess.Popen(bound(command), stdout=log, stderr=log, env=ENVIRONMENT)
         self.pid = self._process.pid
         while not self._is_ready():
             if self._process.poll() is not None or time.perf_counter() - begun_s > MOST_START_S:
@@ -156,7 +158,7 @@ def first_step_s() -> float:
     """Seconds from nothing to the first step of the plain pipeline."""
     begun_s = time.time()
     command = [sys.executable, str(HERE / "serve_loop.py"), "--once"]
-    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=True)
+    done = subprocess.run(bound(command), capture_output=True, text=True, env=ENVIRONMENT, check=True)
     at_s: float = json.loads(done.stdout.splitlines()[-1])["at_s"]
     return at_s - begun_s
 

@@ -31,6 +31,8 @@ from typing import Any
 from offload_meter import evict
 from shard_ranks import PeakMemory, preload, run_ranks
 
+from penstock.distributed.launcher import bound
+
 ALL = ("plain", "penstock", "penstock-host", "fsdp2", "fsdp2-alone", "fsdp2-stock", "fsdp2-offload", "fsdp2-named")
 SYSTEMS = {"flux": ALL, "ltx2": ("plain", "penstock", "fsdp2", "fsdp2-stock", "fsdp2-named")}
 LOADERS = ("stock", "penstock")
@@ -93,7 +95,7 @@ def write(folder: Path, case: str, options: argparse.Namespace) -> None:
     """A checkpoint, written by another process: this one stays small."""
     script = Path(__file__).with_name("shard_cases.py")
     command = [sys.executable, str(script), str(folder / case), case, *["--small"] * options.small]
-    subprocess.run(command, check=True)
+    subprocess.run(bound(command), check=True)
 
 
 def run_case(case: str, folder: Path, options: argparse.Namespace) -> dict[str, dict[str, Any]]:

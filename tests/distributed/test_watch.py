@@ -5,6 +5,8 @@ from __future__ import annotations
 import atexit
 import signal
 from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
 
 import pytest
 import torch.distributed as dist
@@ -288,6 +290,25 @@ def test_entering_that_fails_is_no_entering(monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr(watch, "_board", real)
         atexit.unregister(watch._end)
         watch._end()
+
+
+def test_a_value_of_a_stranger_ends_who_waits_for_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    blamed: SimpleQueue[str] = SimpleQueue()
+
+    def end(self: Watch, board: object, call: object, blame: Any) -> None:
+        blamed.put(blame.text)
+        self._ended.set()  # in place of the process
+
+    monkeypatch.setattr(Watch, "_exit", end)
+    store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True, wait_for_workers=False)
+    watch = Watch(store, 0, 2, poll_s=0.01, grace_s=0.05)
+    with watch:
+        stranger = dist.PrefixStore("penstock/watch", store.clone())
+        stranger.set("failure/1", "rank 1 failed")
+        stranger.add("tickets", 1)
+        assert "'failure/1' in the store of the ranks (13 bytes) is not signed" in blamed.get(timeout=60)
+    atexit.unregister(watch._end)
+    watch._end()
 
 
 def test_end_is_quick(tmp_path: Path) -> None:
