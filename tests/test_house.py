@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -91,76 +91,138 @@ def functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
             yield node
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=relative)
-def test_imports_run_one_way(path: Path) -> None:
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text("utf-8"))
+
+
+def forbidden_imports(path: Path) -> Iterator[str]:
     unit = unit_of(path)
-    if unit in ("__init__", "__main__"):
-        return
-    for name, _ in imports(ast.parse(path.read_text("utf-8"))):
+    for name, is_inside in imports(tree_of(path)):
         other = own_unit(name)
-        assert other in {None, unit} | MAY_IMPORT[unit], f"{unit} may not import {name}"
+        if unit not in ("__init__", "__main__") and other not in {None, unit} | MAY_IMPORT[unit]:
+            yield f"{unit} may not import {name}"
+        if is_inside and other and unit != "cli":
+            yield f"{name} is imported inside a function"
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=relative)
-def test_only_the_command_line_imports_our_own_modules_inside_functions(path: Path) -> None:
-    if unit_of(path) == "cli":
-        return
-    hidden = [name for name, inside in imports(ast.parse(path.read_text("utf-8"))) if inside and own_unit(name)]
-    assert not hidden
+def heavy_imports(path: Path) -> Iterator[str]:
+    loud = [name for name, is_inside in imports(tree_of(path)) if not is_inside]
+    for name in loud:
+        if name.split(".")[0] in HEAVY:
+            yield f"imports {name} when it loads"
+        if unit_of(path) == "cli" and own_unit(name) in {"weights", "models", "engine", "media"}:
+            yield f"imports {name} when it loads"
 
 
-@pytest.mark.parametrize("path", [path for path in SOURCES if unit_of(path) in TORCH_FREE], ids=relative)
-def test_torch_free_units_import_nothing_heavy(path: Path) -> None:
-    loud = [name for name, inside in imports(ast.parse(path.read_text("utf-8"))) if not inside]
-    assert not HEAVY & {name.split(".")[0] for name in loud}
-    if unit_of(path) == "cli":
-        assert not {own_unit(name) for name in loud} & {"weights", "models", "engine", "media"}
-
-
-@pytest.mark.parametrize("path", [*SOURCES, *OTHER_SOURCES], ids=relative)
-def test_files_and_functions_are_small(path: Path) -> None:
-    assert len(path.read_text("utf-8").splitlines()) <= MAX_FILE_LINES
+def large_parts(path: Path) -> Iterator[str]:
+    num_lines = len(path.read_text("utf-8").splitlines())
+    if num_lines > MAX_FILE_LINES:
+        yield f"{num_lines} lines, at most {MAX_FILE_LINES}"
     for function in functions(path):
-        assert (function.end_lineno or 0) - function.lineno < MAX_FUNCTION_LINES, function.name
+        num_lines = (function.end_lineno or 0) - function.lineno + 1
+        if num_lines > MAX_FUNCTION_LINES:
+            yield f"{function.name} has {num_lines} lines, at most {MAX_FUNCTION_LINES}"
         given = function.args
         count = len(given.posonlyargs) + len(given.args) + len(given.kwonlyargs)
-        assert count <= MAX_PARAMETERS, function.name
+        if count > MAX_PARAMETERS:
+            yield f"{function.name} has {count} parameters, at most {MAX_PARAMETERS}"
 
 
-@pytest.mark.parametrize("path", [*SOURCES, *OTHER_SOURCES], ids=relative)
-def test_files_are_named_by_nouns(path: Path) -> None:
-    assert path.stem not in BANNED_NAMES
+def broad_excepts(path: Path) -> Iterator[str]:
+    handlers = [node for node in ast.walk(tree_of(path)) if isinstance(node, ast.ExceptHandler)]
+    yield from (f"line {node.lineno}: bare except" for node in handlers if node.type is None)
+    names = [node.type.id for node in handlers if isinstance(node.type, ast.Name)]
+    broad = sum(name in ("Exception", "BaseException") for name in names)
+    listed = BROAD_EXCEPTS.get(str(path.relative_to(PACKAGE)), 0)
+    if broad != listed:
+        yield f"{broad} broad excepts, where {listed} are listed"
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=relative)
-def test_exceptions_are_caught_by_name(path: Path) -> None:
-    broad = 0
-    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-        if isinstance(node, ast.ExceptHandler):
-            assert node.type is not None, "bare except"
-            broad += isinstance(node.type, ast.Name) and node.type.id in ("Exception", "BaseException")
-    assert broad == BROAD_EXCEPTS.get(str(path.relative_to(PACKAGE)), 0)
-
-
-@pytest.mark.parametrize("path", SOURCES, ids=relative)
-def test_every_public_name_has_a_docstring(path: Path) -> None:
-    tree = ast.parse(path.read_text("utf-8"))
-    assert ast.get_docstring(tree), "module docstring"
+def missing_docstrings(path: Path) -> Iterator[str]:
+    tree = tree_of(path)
+    if not ast.get_docstring(tree):
+        yield "the module has no docstring"
     kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
     classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
     for owner in [tree, *classes]:
         for node in owner.body:
-            if isinstance(node, kinds) and not node.name.startswith("_"):
-                assert ast.get_docstring(node), f"{node.name} has no docstring"
+            if isinstance(node, kinds) and not node.name.startswith("_") and not ast.get_docstring(node):
+                yield f"{node.name} has no docstring"
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=relative)
-def test_every_source_has_its_test(path: Path) -> None:
+def missing_tests(path: Path) -> Iterator[str]:
     inside = path.relative_to(PACKAGE)
     if inside.name == "__init__.py" and len(inside.parts) > 1:
         return  # a folder's docstring
     name = "test_package.py" if inside.stem in ("__init__", "__main__") else f"test_{inside.stem}.py"
-    assert (ROOT / "tests" / inside.parent / name).is_file()
+    if not (ROOT / "tests" / inside.parent / name).is_file():
+        yield f"tests/{inside.parent / name} is not there"
+
+
+def offences(rule: Callable[[Path], Iterator[str]], paths: list[Path]) -> str:
+    """What a rule finds in some files, one line each; nothing where it is kept."""
+    return "\n".join(f"{relative(path)}: {offence}" for path in paths for offence in rule(path))
+
+
+def test_imports_run_one_way_and_only_the_command_line_hides_them() -> None:
+    assert not (found := offences(forbidden_imports, SOURCES)), found
+
+
+def test_torch_free_units_import_nothing_heavy() -> None:
+    assert not (found := offences(heavy_imports, [path for path in SOURCES if unit_of(path) in TORCH_FREE])), found
+
+
+def test_files_and_functions_are_small() -> None:
+    assert not (found := offences(large_parts, [*SOURCES, *OTHER_SOURCES])), found
+
+
+def test_files_are_named_by_nouns() -> None:
+    assert not (found := [relative(path) for path in [*SOURCES, *OTHER_SOURCES] if path.stem in BANNED_NAMES]), found
+
+
+def test_exceptions_are_caught_by_name() -> None:
+    assert not (found := offences(broad_excepts, SOURCES)), found
+
+
+def test_every_public_name_has_a_docstring() -> None:
+    assert not (found := offences(missing_docstrings, SOURCES)), found
+
+
+def test_every_source_has_its_test() -> None:
+    assert not (found := offences(missing_tests, SOURCES)), found
+
+
+ROGUE = """
+import torch
+def f(a, b, c, d, e, f, g, h, i):
+    from penstock.engine import build
+    try:
+        pass
+    except Exception:
+        pass
+    except:
+        pass
+""" + "\n".join(["    a = 1"] * 400)
+
+
+def test_every_rule_finds_its_offender(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("tests.test_house.PACKAGE", tmp_path)
+    monkeypatch.setattr("tests.test_house.ROOT", tmp_path)
+    path = tmp_path / "media" / "rogue.py"
+    path.parent.mkdir()
+    path.write_text(ROGUE, "utf-8")
+    expected = {
+        forbidden_imports: ["media may not import penstock.engine", "penstock.engine is imported inside a function"],
+        heavy_imports: ["imports torch when it loads"],
+        large_parts: ["410 lines", "f has 408 lines, at most 60", "f has 9 parameters, at most 8"],
+        broad_excepts: ["line 9: bare except", "1 broad excepts, where 0 are listed"],
+        missing_docstrings: ["the module has no docstring", "f has no docstring"],
+        missing_tests: ["tests/media/test_rogue.py is not there"],
+    }
+    for rule, sayings in expected.items():
+        found = offences(rule, [path])
+        assert all(saying in found for saying in sayings), found
+        assert found.count("media/rogue.py: ") == len(sayings)
 
 
 def test_importing_penstock_is_light() -> None:

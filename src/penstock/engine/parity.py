@@ -145,14 +145,12 @@ def verify(
         ModelError: for files that are missing, truncated or corrupt.
         GenerationError: when a run fails.
 
-    Cost: two runs, or three with the control; one more plain run where the tolerance is measured; one pipeline is in
-    memory at a time.
+    Cost: two runs, one more with the control, one where the tolerance is measured; one pipeline is in memory at a time.
     """
     prepared = _prepared(model, request, tolerance, parallel, options)
     world = prepared.mesh["world"]
-    plain_dtype = choose_dtype(LoadConfig(dtype=reference_dtype or "auto"), prepared.device)
-    if reference_dtype is None:
-        plain_dtype = prepared.dtype
+    asked = LoadConfig(dtype=reference_dtype or "auto")
+    plain_dtype = prepared.dtype if reference_dtype is None else choose_dtype(asked, prepared.device)
     arguments = call_arguments(request, prepared.skeleton.pipeline, prepared.notes.defaults)
     seed = request.seed or 0
     reference, tolerance = _reference(prepared, plain_dtype, arguments, seed, tolerance)
