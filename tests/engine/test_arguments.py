@@ -29,7 +29,7 @@ def arguments(pipeline: Any, **fields: Any) -> dict[str, Any]:
 def test_every_field_of_a_request_arrives_or_is_refused(tmp_path: Path) -> None:
     """Walks all fields over all pipelines: none is ever dropped."""
     picture = tmp_path / "in.png"
-    Image.new("RGB", (16, 16)).save(picture)
+    Image.new("RGB", (64, 64)).save(picture)
     values = {
         "prompt": "x",
         "negative_prompt": "y",
@@ -64,12 +64,12 @@ def test_pictures_are_opened_and_those_that_no_file_may_be_opened_for_are_refuse
     pipeline = zoo.build("flux_img2img")
     paths = tuple(str(tmp_path / f"{name}.png") for name in ("one", "two"))
     for number, path in enumerate(paths):
-        Image.new("RGB", (16, 16 + number)).save(path)
+        Image.new("RGB", (64, 64 + number)).save(path)
     given = arguments(pipeline, prompt="x", pictures={"image": paths[:1]})
     assert isinstance(given["image"], Image.Image)
     assert [picture.height for picture in arguments(pipeline, prompt="x", pictures={"image": paths})["image"]] == [
-        16,
-        17,
+        64,
+        65,
     ]
     with pytest.raises(RequestError, match="'image' is given twice") as caught:
         arguments(pipeline, prompt="x", image=paths[0], pictures={"image": paths})

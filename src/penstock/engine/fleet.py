@@ -47,7 +47,7 @@ from penstock.wire import (
 
 _TICK_MS = 100
 _GRACE_S = 5.0
-_Answer = Future[Failure | None]
+_Answer = Future[Checked]
 
 
 class Fleet:
@@ -232,7 +232,7 @@ class Fleet:
                 self._refuse(group, message)
             case Checked():
                 _, answer = self._checks.pop(message.number)
-                answer.set_result(message.failure)
+                answer.set_result(message)
             case Idle():
                 rank.rest()
                 if not any(other.is_working for other in group.ranks):
