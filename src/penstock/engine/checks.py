@@ -251,13 +251,13 @@ def _checked_by_the_pipeline(pipeline: Any, arguments: Mapping[str, Any]) -> Map
     """Run the pipeline's own checks, on what it fills in itself; the values that it would go on with."""
     run = dry_run(pipeline, arguments)
     name, takes = type(pipeline).__name__, call_parameters(type(pipeline))
-    if run.refusal is not None:
-        said = str(run.refusal).strip() or type(run.refusal).__name__
-        raise RequestError(f"{name}: {said}", _named_in(said, takes, arguments)) from run.refusal
     left = run.values.get(_STEPS)
     if isinstance(left, int) and left < 1 and "strength" in takes:
         strength = arguments.get("strength", takes["strength"].default)
         raise RequestError(f"strength={strength} leaves {name} no step to do. Give a higher one.", "strength")
+    if run.refusal is not None:
+        said = str(run.refusal).strip() or type(run.refusal).__name__
+        raise RequestError(f"{name}: {said}", _named_in(said, takes, arguments)) from run.refusal
     return run.values
 
 

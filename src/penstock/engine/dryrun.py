@@ -12,7 +12,7 @@ import functools
 import inspect
 import re
 import sys
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import CodeType, TracebackType
 from typing import Any
@@ -163,7 +163,7 @@ class _Idle:
 
 def _copy_of(pipeline: Any, progress: _Progress) -> Any:
     """A pipeline of the same attributes that can be called without changing the other."""
-    stock: Hashable = type(pipeline)
+    stock: Any = type(pipeline)
     owner = _dry(stock)
     twin: Any = object.__new__(owner)
     for name, value in vars(pipeline).items():

@@ -78,7 +78,9 @@ async def _begin(request: Request, ask: type[ImageAsk], body: Body, taken: Taken
         message = "events carry the pictures themselves. Leave response_format or stream out."
         raise invalid("response_format", message)
     if fields.stream and fields.detach:
-        raise invalid("detach", "a stream lasts as long as its client, and a detached job does not. Leave one of them out.")
+        raise invalid(
+            "detach", "a stream lasts as long as its client, and detach goes on without. Leave one of them out."
+        )
     wants_contents = fields.response_format != "url" and not fields.detach
     run = await begin(request, ask, body, taken, kind="image", wants_contents=wants_contents)
     return run, fields
