@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -164,58 +163,6 @@ def test_cancel(live: Live, open_page: Open, by: str) -> None:
     with live.client() as client:
         assert client.get("/v1/jobs").json()["data"] == []
         assert client.get("/health").json()["jobs_unfinished"] == 0
-
-
-def await_that(holds: Callable[[], bool]) -> None:
-    end = time.monotonic() + 20
-    while not holds():
-        assert time.monotonic() < end
-        time.sleep(0.01)
-
-
-def test_escape_keeps_what_is_finished(live: Live, open_page: Open) -> None:
-    page, gate = open_page(live.url), turnstile(live)
-    make(page, How_many="3", Seed="7")
-    gate.let(5)
-    expect(view(page)).to_contain_text("(2 of 3)")
-    page.keyboard.press("Escape")
-    expect(page.get_by_role("status")).to_have_text("Cancelled.")
-    expect(view(page).get_by_alt_text(PROMPT)).to_have_js_property("naturalWidth", 64)
-    expect(view(page)).to_contain_text("What was finished stays")
-    expect(page.locator("#gallery li")).to_have_count(1)
-    with live.client() as client:
-        (job,) = client.get("/v1/jobs").json()["data"]
-        assert len(job["files"]) == 1 and client.get("/health").json()["jobs_unfinished"] == 0
-
-
-@pytest.mark.parametrize("kind", ["image", "video"])
-def test_requests_wait_at_the_server_and_go_on_without_a_page(live: Live, open_page: Open, kind: str) -> None:
-    live.engine.description = described(kind)
-    page, gate = open_page(live.url), turnstile(live)
-    for number in range(6):
-        make(page, f"number {number}")
-    await_that(lambda: len(live.engine.orders) == 6)  # more than are followed at once
-    gate.let(2)
-    expect(page.get_by_role("button", name="number 0: in progress")).to_have_text("50 %")
-    page.reload()
-    page.get_by_role("button", name="number 0: in progress").click()
-    expect(view(page)).to_contain_text("step 2 of 4")
-    page.close()
-    gate.set()
-    with live.client() as client:
-        await_that(lambda: client.get("/health").json()["jobs_unfinished"] == 0)
-        jobs = client.get("/v1/jobs").json()["data"]
-    assert [job["prompt"] for job in jobs] == [f"number {number}" for number in reversed(range(6))]
-    assert {job["status"] for job in jobs} == {"completed"}
-
-
-def test_sizes_that_are_left_out_are_shown(live: Live, open_page: Open) -> None:
-    live.engine.description = {**described(accepts_image=True), "default_width": None, "default_height": None}
-    page = open_page(live.url)
-    for side in ("Width", "Height"):
-        expect(page.get_by_label(side, exact=True)).to_have_attribute("placeholder", "as the picture")
-    expect(page.get_by_label("Steps", exact=True)).to_have_attribute("placeholder", "4")
-    expect(page.locator("[placeholder='not set']")).to_have_count(0)
 
 
 # ---- errors

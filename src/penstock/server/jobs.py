@@ -164,7 +164,6 @@ class Jobs:
             QueueFullError: where too many wait.
             NotReadyError: where there are no ranks.
             StoreError: where it cannot be recorded; then the order is cancelled.
-            CancelledError: where the caller is; then the order is cancelled and followed to its end.
         """
         self.check_open()
         run = Run(job, order, wants_contents=wants_contents, num_stages=self._num_stages)
