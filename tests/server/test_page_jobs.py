@@ -1,4 +1,4 @@
-"""What the page asks for is a job of the server: it waits there, goes on without the page, and keeps what is finished."""
+"""What the page asks for is a job: it waits at the server, goes on without the page, and keeps what is finished."""
 
 from __future__ import annotations
 
