@@ -241,10 +241,24 @@ class Beat(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Checked(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """What a rank says to `Check`; no failure: it would run."""
+    """What a rank says to `Check`.
+
+    Attributes:
+        number: of the question.
+        failure: why the pipeline would not take the request; None where it would.
+        width: pixels of what it would make, also where the request leaves them to the pipeline; None where only the
+            call itself tells.
+        height: likewise.
+        num_frames: likewise, of a video.
+        num_inference_steps: likewise.
+    """
 
     number: int
     failure: Failure | None = None
+    width: int | None = None
+    height: int | None = None
+    num_frames: int | None = None
+    num_inference_steps: int | None = None
 
 
 class Idle(msgspec.Struct, frozen=True, tag=True):

@@ -14,6 +14,7 @@ from penstock.errors import RequestError, WeightsError
     ("error", "code", "line"),
     [
         (RequestError("no such\n  argument"), 2, "error: no such argument"),
+        (RequestError("Give more, such as scale=4."), 2, "error: Give more, such as --set scale=4."),
         (WeightsError("cut short"), 1, "error: cut short"),
         (KeyboardInterrupt(), 130, "interrupted; no unfinished file is left behind."),
         (ZeroDivisionError("by zero"), 1, "internal error: ZeroDivisionError: by zero Run again with --debug"),

@@ -101,7 +101,7 @@ def test_input_picture(zoo_folder: Callable[[str], Path]) -> None:
         (("--size", "50x40"), "width=50 is not a multiple of 8"),
         (("--num-frames", "5"), "FluxPipeline takes no 'num_frames'"),
         (("--image", "in.png"), "FluxPipeline takes no 'image'"),
-        (("--fps", "8"), "--fps is for videos"),
+        (("--fps", "8"), "fps is for videos"),
         (("--fps", "nan"), "frame_rate=nan is out of range"),
         (("--set", "num_inference_steps=-3"), "num_inference_steps=-3 is not a whole number"),
         (("--set", "guidance_scale=NaN"), "guidance_scale='NaN' does not fit"),

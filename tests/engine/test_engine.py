@@ -142,9 +142,10 @@ def test_questions_are_answered_beside_the_work(tmp_path: Path) -> None:
     engine = running()
     heard: SimpleQueue[OrderEvent] = SimpleQueue()
     engine.submit(order(tmp_path, num_inference_steps=500), heard.put)
-    failure = engine.check(GenerationRequest(prompt=PROMPT, width=63)).result(5)
+    failure = engine.check(GenerationRequest(prompt=PROMPT, width=63)).result(5).failure
     assert failure is not None and (failure.code, failure.param) == ("request_invalid", "width")
-    assert engine.check(GenerationRequest(prompt=PROMPT)).result(5) is None
+    checked = engine.check(GenerationRequest(prompt=PROMPT)).result(5)
+    assert checked.failure is None and (checked.width, checked.height, checked.num_frames) == (64, 64, None)
     assert engine.status().groups[0].state == "busy"
     engine.cancel("one")
     while not isinstance(heard.get(timeout=10), Ended):

@@ -198,7 +198,7 @@ def test_questions_go_to_a_rank_and_are_answered_or_refused(play: Any) -> None:
     stage.fleet.step()
     questions = [message for _, message in stage.post.told if isinstance(message, Check)]
     stage.say(("0.0.0", Checked(number=questions[0].number)))
-    assert answers[0].result(0) is None and not answers[1].done()
+    assert answers[0].result(0).failure is None and not answers[1].done()
     stage.groups[0].ranks[0].process.returncode = 1
     stage.fleet.step()
     with pytest.raises(NotReadyError, match="died"):

@@ -23,6 +23,7 @@ from penstock.media.video import write_video
 from penstock.request import GenerationRequest, GenerationResult, StepEvent
 from penstock.wire import (
     Began,
+    Checked,
     Ended,
     Failure,
     Made,
@@ -83,6 +84,8 @@ def described(kind: str = "image", *, accepts_image: bool = False) -> dict[str, 
         "frame_multiple": 4 if is_video else 1,
         "frames_argument": "num_frames" if is_video else None,
         "default_num_frames": FRAMES if is_video else None,
+        "default_num_inference_steps": STEPS,
+        "needs_pictures": [],
         "default_frame_rate": RATE if is_video else None,
         "defaults": {"height": SIDE, "width": SIDE},
         "takes_lora": True,
@@ -111,6 +114,7 @@ class EngineDouble:
         failures: prompt to the failure that its orders end with, after their first step.
         state: of its only group.
         orders: all that were submitted.
+        own: what its pipeline makes where a request leaves that out.
         letting_go: a cancelled order ends only once it is set, as ranks in a long step do.
     """
 
@@ -125,6 +129,8 @@ class EngineDouble:
         self.state = "idle"
         self.orders: list[Order] = []
         self.is_closed = False
+        frames = FRAMES if kind == "video" else None
+        self.own = {"width": SIDE, "height": SIDE, "num_frames": frames, "num_inference_steps": STEPS}
         self.checks: list[GenerationRequest] = []
         self._cancelled: set[str] = set()
         self._waiting: list[str] = []
@@ -165,13 +171,19 @@ class EngineDouble:
     def cancel(self, order_id: str) -> None:
         self._cancelled.add(order_id)
 
-    def check(self, request: GenerationRequest) -> Future[Failure | None]:
+    def check(self, request: GenerationRequest) -> Future[Checked]:
         self.checks.append(request)
-        answer: Future[Failure | None] = Future()
+        answer: Future[Checked] = Future()
         if self.description is None or self.is_closed:
             answer.set_exception(NotReadyError("no group of ranks is ready. Try again."))
         else:
-            answer.set_result(self._refusal(request))
+            made = {
+                "width": request.width or self.own["width"],
+                "height": request.height or self.own["height"],
+                "num_frames": request.num_frames or self.own["num_frames"],
+                "num_inference_steps": request.num_inference_steps or self.own["num_inference_steps"],
+            }
+            answer.set_result(Checked(number=0, failure=self._refusal(request), **made))
         return answer
 
     def position(self, order_id: str) -> tuple[int, float] | None:

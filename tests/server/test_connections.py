@@ -8,7 +8,7 @@ import logging
 import resource
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -166,3 +166,42 @@ def test_all_descriptors_that_may_be_had_are_taken() -> None:
         assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+BODY = b'{"prompt": "x"}'
+POST = b"POST /v1/images/generations HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n"
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_client_that_closes_its_half_gets_its_answers(live: Live, count: int) -> None:
+    live.engine.gate.clear()
+    with sockets(live.url, 1) as (one,):
+        one.sendall(count * (POST + b"content-length: %d\r\n\r\n" % len(BODY) + BODY))
+        one.shutdown(socket.SHUT_WR)
+        assert one.recv(25) == b"HTTP/1.1 100 Continue\r\n\r\n"  # it waits, and is told so
+        live.engine.gate.set()
+        assert all_of(one).count(b"HTTP/1.1 200 OK") == count
+
+
+def test_a_client_that_leaves_while_it_waits_is_noticed(live: Live) -> None:
+    live.engine.gate.clear()
+    with sockets(live.url, 1) as (one,):
+        one.sendall(POST + b"content-length: %d\r\n\r\n" % len(BODY) + BODY)
+        await_that(lambda: bool(live.engine.orders))
+    await_that(lambda: live.app.state.service.jobs.num_unfinished == 0)
+    job = live.store.get(live.engine.orders[0].id)
+    assert job is not None and job.error_code == "cancelled"
+
+
+def test_two_lengths_of_a_body_are_refused(live: Live) -> None:
+    with sockets(live.url, 1) as (one,):
+        one.sendall(POST + b"content-length: 5\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n")
+        said = all_of(one)  # and the connection is closed
+    assert said.startswith(b"HTTP/1.1 400") and b"Transfer-Encoding" in said and live.engine.orders == []
+
+
+def await_that(holds: Callable[[], bool]) -> None:
+    end = time.monotonic() + 20
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.01)

@@ -26,7 +26,7 @@ from penstock.wire import Failure
         ("engine_closed", 503, "10", None),
         ("server_stopped", 503, "10", None),
         ("server_died", 503, "5", None),
-        ("storage_failed", 503, "5", None),
+        ("storage_failed", 503, None, False),
         ("something_new", 500, None, False),
     ],
 )

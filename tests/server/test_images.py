@@ -10,6 +10,7 @@ from pathlib import Path
 import httpx2
 import pytest
 
+from penstock.server.files import StorageError
 from tests.server.engine_double import EngineDouble
 from tests.server.live import Live, serving
 
@@ -66,3 +67,48 @@ def test_a_model_of_videos_makes_no_pictures(tmp_path: Path) -> None:
             answer = http.post(f"/v1/images/{path}", json={"prompt": "x"})
             assert answer.status_code == 400 and answer.json()["error"]["code"] == "unsupported_by_model"
             assert "/v1/videos" in answer.json()["error"]["message"]
+
+
+def test_an_answer_has_all_that_clients_look_for(http: httpx2.Client) -> None:
+    answer = http.post("/v1/images/generations", json={"prompt": "x"}).json()
+    assert {"created", "data", "size", "output_format", "quality", "background", "usage"} <= answer.keys()
+    assert answer["quality"] is None and "url" not in answer["data"][0]
+
+
+def test_a_detached_request_is_answered_with_its_job_and_goes_on(tmp_path: Path) -> None:
+    engine = EngineDouble()
+    engine.gate.clear()
+    with serving(tmp_path, engine) as live, live.client() as http:
+        answer = http.post("/v1/images/generations", json={"prompt": "x", "detach": True, "partial_images": 1})
+        job = answer.json()
+        assert answer.status_code == 202 and job["object"] == "job" and job["status"] in ("queued", "in_progress")
+        assert answer.headers["x-penstock-job-id"] == job["id"] and "detach" not in job["arguments"]
+        engine.gate.set()
+        text = http.get(f"/v1/jobs/{job['id']}/events").text
+        assert "event: partial_image" in text and "event: completed" in text
+        refused = http.post("/v1/images/generations", json={"prompt": "x", "detach": True, "stream": True})
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "detach")
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_a_picture_that_cannot_be_kept_is_handed_out(
+    streams: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def full(path: Path, media_type: str) -> str:
+        raise StorageError("no space left")
+
+    with serving(tmp_path) as live, live.client() as http:
+        monkeypatch.setattr(live.files, "put", full)
+        body = {"prompt": "x", "n": 2, "seed": 4}
+        answer = http.post("/v1/images/generations", json={**body, "stream": streams})
+        assert answer.status_code == 200
+        if streams:
+            assert answer.text.count("event: image_generation.completed") == 2 and '"b64_json"' in answer.text
+            assert "event: error" not in answer.text
+        else:
+            assert [one["seed"] for one in answer.json()["data"]] == [4, 5]
+            assert base64.b64decode(answer.json()["data"][1]["b64_json"]).startswith(b"\x89PNG")
+        by_url = http.post("/v1/images/generations", json={**body, "response_format": "url"})
+        assert (by_url.status_code, by_url.headers["x-should-retry"]) == (503, "false")
+        jobs = http.get("/v1/jobs").json()["data"]
+        assert [job["error"]["code"] for job in jobs] == ["storage_failed"] * 2

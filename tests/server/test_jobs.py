@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from penstock.server.runs import Run
 from penstock.server.store import Store
 from penstock.wire import Failure
 from tests.server.bench import Bench, go
+from tests.server.browser import Turnstile
 from tests.server.engine_double import EngineDouble
 from tests.server.jobs import a_job
 
@@ -244,3 +246,54 @@ def test_expired_jobs_go_with_their_files(tmp_path: Path, monkeypatch: pytest.Mo
     go(bench, main)
     assert bench.kept() == []
     bench.store.close()
+
+
+@pytest.mark.parametrize("moment", ["while it is recorded", "before"])
+def test_who_asks_and_is_cancelled_leaves_no_run_that_nobody_follows(
+    bench: Bench, moment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create, recording, go_on = bench.store.create, threading.Event(), threading.Event()
+
+    def slow(job: Job) -> None:
+        recording.set()
+        assert go_on.wait(20)
+        create(job)
+
+    monkeypatch.setattr(bench.store, "create", slow)
+    bench.engine.gate.clear()
+
+    async def main() -> None:
+        asking = asyncio.create_task(bench.begin())
+        while not (recording.is_set() if moment != "before" else bench.jobs.num_unfinished):
+            await asyncio.sleep(0)
+        asking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asking
+        assert bench.jobs.num_unfinished == 1  # followed until its ranks have let go
+        go_on.set()
+        async with asyncio.timeout(20):
+            while bench.jobs.num_unfinished:
+                await asyncio.sleep(0.01)
+
+    go(bench, main)
+    (job,), _ = bench.store.list(None)
+    assert (job.status, job.error_code) == ("failed", "cancelled")
+    assert not (bench.folder / job.id).exists()
+
+
+def test_what_is_finished_of_a_stopped_job_stays(bench: Bench) -> None:
+    gate = bench.engine.gate = Turnstile()
+
+    async def main() -> Job:
+        run = await bench.begin(num_images=3)
+        with run.listening() as feed:
+            gate.let(5)  # the first, and a step of the second
+            while (await feed.get())["type"] != "kept":
+                continue
+            return await bench.jobs.end(run.job, "stopped")
+
+    job = go(bench, main)
+    assert (job.status, job.error_code) == ("failed", "cancelled")
+    record = bench.store.get(job.id)
+    assert record is not None and len(record.files) == 1 and record.files == job.files
+    assert bench.kept() == sorted(file.name for file in job.files)

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import Future
+from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import pytest
+from PIL import Image
 
 from penstock.errors import QueueFullError
 from penstock.server.store import StoreError
 from penstock.wire import Failure
 from tests.server.engine_double import EngineDouble
 from tests.server.live import serving
+
+_FILE = BytesIO()
+Image.new("RGB", (64, 64)).save(_FILE, "png")
+PICTURE = _FILE.getvalue()
 
 
 def test_the_order_of_the_engine(tmp_path: Path) -> None:
@@ -73,7 +81,10 @@ def test_what_is_not_accepted_leaves_no_folder(
             monkeypatch.setattr(live.engine, "submit", failing)
         answer = http.post("/v1/images/generations", json={"prompt": "x"})
         assert answer.status_code in (429, 503) and answer.headers["retry-after"]
-        assert not [path for path in live.spool.iterdir() if any(path.iterdir())]
+        end = time.monotonic() + 20  # what the engine had is over first
+        while any(live.spool.iterdir()):
+            assert time.monotonic() < end
+            time.sleep(0.01)
 
 
 def test_a_check_that_nobody_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,3 +94,46 @@ def test_a_check_that_nobody_answers(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with serving(tmp_path, engine) as live, live.client() as http:
         answer = http.post("/v1/images/generations", json={"prompt": "x"})
         assert answer.status_code == 503 and answer.json()["error"]["code"] == "not_ready" and not live.engine.orders
+
+
+@pytest.mark.parametrize(
+    ("kind", "own", "settings", "status", "param"),
+    [
+        ("image", {"width": 1024, "height": 1024}, {"max_pixels": "256x256"}, 413, "size"),
+        ("image", {"num_inference_steps": 50}, {"max_steps": 20}, 400, "num_inference_steps"),
+        ("video", {"num_frames": 161}, {"max_frames": 81}, 413, "num_frames"),
+    ],
+)
+def test_what_the_pipeline_fills_in_is_limited(
+    kind: str, own: dict[str, int], settings: dict[str, Any], status: int, param: str, tmp_path: Path
+) -> None:
+    """Also where its description does not tell: the size may follow from other arguments."""
+    engine = EngineDouble(kind)
+    assert engine.description is not None
+    engine.description |= dict.fromkeys(("default_width", "default_height", "default_num_frames"))
+    engine.own |= own
+    path = f"/v1/{kind}s" + ("/generations" if kind == "image" else "")
+    with serving(tmp_path, engine, **settings) as live, live.client() as http:
+        answer = http.post(path, json={"prompt": "x"})
+        assert (answer.status_code, answer.json()["error"]["param"]) == (status, param), answer.text
+        assert live.engine.orders == []
+        given = {"size": "64x64", "num_inference_steps": 2, **({"num_frames": 5} if kind == "video" else {})}
+        assert http.post(path, json={"prompt": "x", **given}).status_code == 200
+
+
+def test_what_is_refused_has_the_names_of_the_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = EngineDouble(accepts_image=True)
+    for said, argument, name in (
+        ("DoublePipeline needs 'mask_image': give it.", "mask_image", "mask"),
+        ("Give a higher one, such as --set true_cfg_scale=4.", "negative_prompt", "negative_prompt"),
+        ("Try --dtype float32 or less --max-weight-memory.", None, None),
+    ):
+        failure = Failure(code="request_invalid", message=said, param=argument)
+        monkeypatch.setattr(engine, "_refusal", lambda request, failure=failure: failure)
+        with serving(tmp_path, engine) as live, live.client() as http:
+            files = {"image": ("a.png", PICTURE, "image/png")}
+            answer = http.post("/v1/images/edits", data={"prompt": "x"}, files=files)
+        error = answer.json()["error"]
+        assert (answer.status_code, error["param"]) == (400, name)
+        assert "--" not in error["message"] and "mask_image" not in error["message"]
+        engine = EngineDouble(accepts_image=True)

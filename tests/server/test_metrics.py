@@ -55,3 +55,12 @@ def test_servers_count_apart(engine: EngineDouble) -> None:
     one, other = Metrics(engine), Metrics(engine)  # type: ignore[arg-type]
     one.steps.inc(3)
     assert b"penstock_steps_total 3.0" in one.text() and b"penstock_steps_total 0.0" in other.text()
+
+
+def test_seconds_of_answers_reach_as_far_as_those_of_parts(engine: EngineDouble) -> None:
+    metrics = Metrics(engine)  # type: ignore[arg-type]
+    metrics.request_s.labels("/v1/images/generations").observe(600)
+    value = metrics.registry.get_sample_value
+    labels = {"route": "/v1/images/generations"}
+    assert value("penstock_http_request_seconds_bucket", {**labels, "le": "500.0"}) == 0
+    assert value("penstock_http_request_seconds_bucket", {**labels, "le": "1000.0"}) == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -40,7 +41,7 @@ def test_with_keys_nothing_is_open_that_should_not_be(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout[-8000:]
     assert document["components"]["securitySchemes"]
     opened = {path for path, one in document["paths"].items() if "security" not in next(iter(one.values()))}
-    assert opened == {"/health", "/ready", "/v1/files/{name}"}
+    assert opened == {"/live", "/health", "/ready", "/v1/files/{name}"}
 
 
 def test_the_document_is_that_of_the_pipeline(tmp_path: Path) -> None:
@@ -52,6 +53,28 @@ def test_the_document_is_that_of_the_pipeline(tmp_path: Path) -> None:
     body = document["paths"]["/v1/videos"]["post"]["requestBody"]["content"]["application/json"]["schema"]
     assert body["additionalProperties"] is False and body["required"] == ["prompt"]
     assert {"guidance_scale", "num_frames", "seconds", "fps", "lora"} <= body["properties"].keys()
+
+
+def schemas(engine: EngineDouble, folder: Path, path: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a route takes as JSON and as a form."""
+    with serving(folder, engine) as live, live.client() as http:
+        content = http.get("/openapi.json").json()["paths"][path]["post"]["requestBody"]["content"]
+    return content["application/json"]["schema"], content["multipart/form-data"]["schema"]
+
+
+def test_pictures_are_documented_once_and_where_the_pipeline_takes_them(tmp_path: Path) -> None:
+    for schema in schemas(EngineDouble("video"), tmp_path, "/v1/videos"):
+        assert "input_reference" not in schema["properties"]
+    engine = EngineDouble(accepts_image=True)
+    assert engine.description is not None
+    engine.description |= {"needs_pictures": ["image", "mask_image"], "accepts_several_images": False}
+    as_json, as_form = schemas(engine, tmp_path, "/v1/images/edits")
+    assert {"image", "mask"} <= as_json["properties"].keys() and "mask_image" not in as_json["properties"]
+    assert {"prompt", "image", "mask"} & {*as_json["required"]} == {"image", "mask"} and "mask" in as_form["required"]
+    assert "image[]" not in as_form["properties"]
+    engine = EngineDouble("video", accepts_image=True)
+    as_json, _ = schemas(engine, tmp_path, "/v1/videos")
+    assert "input_reference" in as_json["properties"] and "image" not in as_json["properties"]
 
 
 def test_before_the_model_is_known_the_document_has_all_routes(tmp_path: Path) -> None:

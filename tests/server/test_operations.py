@@ -100,3 +100,12 @@ def test_what_opens_something_is_not_shown(database: str) -> None:
     service = SimpleNamespace(settings=settings, jobs=SimpleNamespace(server="alpha"))
     shown = str(public_settings(service))  # type: ignore[arg-type]
     assert "sk-ann" not in shown and "pass-word" not in shown and "host:5432/jobs" in shown
+
+
+def test_the_server_lives_while_its_ranks_do_not(tmp_path: Path) -> None:
+    engine = EngineDouble()
+    engine.state = "restarting"
+    with serving(tmp_path, engine, api_key=["sk-ann"]) as live, live.client() as http:
+        assert http.get("/health").status_code == 503
+        answer = http.get("/live")  # without a key
+        assert (answer.status_code, answer.json()) == (200, {"live": True})

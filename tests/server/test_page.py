@@ -165,23 +165,6 @@ def test_cancel(live: Live, open_page: Open, by: str) -> None:
         assert client.get("/health").json()["jobs_unfinished"] == 0
 
 
-def test_requests_wait_their_turn_and_go_on_when_the_page_is_loaded_again(live: Live, open_page: Open) -> None:
-    live.engine.description = described("video")  # videos go on without a page
-    page, gate = open_page(live.url), turnstile(live)
-    for number in range(4):
-        make(page, f"number {number}")
-    expect(view(page)).to_contain_text("Waiting")
-    gate.let(2)
-    expect(page.get_by_role("button", name="number 0: in progress")).to_have_text("50 %")
-    expect(page.locator("#gallery li")).to_have_count(2)
-    page.reload()
-    page.get_by_role("button", name="number 0: in progress").click()
-    expect(view(page)).to_contain_text("step 2 of 4")
-    gate.set()
-    expect(view(page).locator("video")).to_be_visible()
-    expect(page.get_by_role("button", name="number 1: completed")).to_be_visible()
-
-
 # ---- errors
 
 

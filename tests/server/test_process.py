@@ -57,7 +57,7 @@ def status(folder: Path, job_id: str) -> tuple[str, str | None]:
     return job.status, job.error_code
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_the_first_signal_ends_it_in_order(tmp_path: Path, number: signal.Signals) -> None:
     with process(tmp_path, "held") as (server, url):
         job_id = video(url)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 import traceback
 import warnings
@@ -15,7 +16,9 @@ import typer
 from penstock.cli.interrupts import INTERRUPTED, Dismissal
 from penstock.distributed.environment import read_environment
 from penstock.distributed.launcher import tell
-from penstock.errors import ConfigError, PenstockError, UsageError
+from penstock.errors import ConfigError, PenstockError, RequestError, UsageError
+
+_ADVICE = re.compile(r"such as (\w+=)")
 
 
 @contextmanager
@@ -32,11 +35,16 @@ def reported(debug: bool) -> Iterator[None]:
     except (typer.Exit, BrokenPipeError):
         raise
     except PenstockError as error:
-        _explain(f"error: {error}", debug)
+        _explain(f"error: {_in_flags(error)}", debug)
         raise typer.Exit(error.exit_code) from None
     except Exception as error:  # a defect of penstock's: still no traceback unless asked for
         _explain(f"internal error: {type(error).__name__}: {error} Run again with --debug to see where.", debug)
         raise typer.Exit(PenstockError.exit_code) from None
+
+
+def _in_flags(error: PenstockError) -> str:
+    """An error in the words of a command line: further arguments of a pipeline are given by `--set`."""
+    return _ADVICE.sub(r"such as --set \1", str(error)) if isinstance(error, RequestError) else str(error)
 
 
 def _silence_libraries() -> None:

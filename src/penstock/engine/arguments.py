@@ -13,7 +13,7 @@ from typing import Any
 from PIL import Image
 
 from penstock.config import suggestion
-from penstock.engine.checks import FRAME_ARGUMENTS, check_arguments, check_schedule
+from penstock.engine.checks import FRAME_ARGUMENTS, Effective, check_arguments, check_schedule
 from penstock.engine.values import MisfitError, open_picture, read_value, type_hints
 from penstock.errors import ModelError, RequestError
 from penstock.models.sizes import FRAME_RATE_ARGUMENTS, call_parameters, output_kind
@@ -22,16 +22,16 @@ from penstock.request import GenerationRequest
 _FIELDS = ("prompt", "negative_prompt", "width", "height", "num_inference_steps", "num_frames", "image")
 _OTHER_NAMES = {"num_frames": FRAME_ARGUMENTS}
 NOT_SETTABLE = {
-    "generator": "use --seed",
+    "generator": "use seed",
     "output_type": "penstock reads what the pipeline makes",
     "return_dict": "penstock reads the result by name",
     "callback_on_step_end": "progress is reported anyway",
     "callback_on_step_end_tensor_inputs": "progress is reported anyway",
     "callback": "progress is reported anyway",
     "callback_steps": "progress is reported anyway",
-    "num_images_per_prompt": "use --num-images",
-    "num_videos_per_prompt": "use --num-images",
-    "num_waveforms_per_prompt": "use --num-images",
+    "num_images_per_prompt": "use num_images",
+    "num_videos_per_prompt": "use num_images",
+    "num_waveforms_per_prompt": "use num_images",
 }
 """Arguments of pipelines that penstock fills itself, and what to use instead."""
 
@@ -52,6 +52,17 @@ def call_arguments(request: GenerationRequest, pipeline: Any, defaults: Mapping[
     Raises:
         RequestError: for an argument that the pipeline does not take or a value that it cannot use.
     """
+    return checked_arguments(request, pipeline, defaults)[0]
+
+
+def checked_arguments(
+    request: GenerationRequest, pipeline: Any, defaults: Mapping[str, Any]
+) -> tuple[dict[str, Any], Effective]:
+    """The same, and what the call makes where the request leaves something to the pipeline.
+
+    Raises:
+        RequestError: likewise.
+    """
     takes = call_parameters(type(pipeline))
     given = _fields(request, pipeline, takes)
     hints = type_hints(type(pipeline))
@@ -71,8 +82,7 @@ def call_arguments(request: GenerationRequest, pipeline: Any, defaults: Mapping[
     arguments = {**defaults, **given}
     if getattr(takes.get("output_type"), "default", None) == "latent":
         arguments["output_type"] = "np"  # a few pipelines return latents unless told otherwise
-    check_arguments(pipeline, arguments)
-    return arguments
+    return arguments, check_arguments(pipeline, arguments)
 
 
 def check_defaults(defaults: Mapping[str, Any], pipeline_class: type) -> None:
@@ -121,9 +131,7 @@ def _fields(request: GenerationRequest, pipeline: Any, takes: Mapping[str, objec
     if request.frame_rate is not None:
         kind = output_kind(type(pipeline))
         if kind != "video":
-            raise RequestError(
-                f"--fps is for videos, and {type(pipeline).__name__} makes {kind}s. Leave it out.", "fps"
-            )
+            raise RequestError(f"fps is for videos, and {type(pipeline).__name__} makes {kind}s. Leave it out.", "fps")
         given.update({name: request.frame_rate for name in FRAME_RATE_ARGUMENTS if name in takes})
     return given
 

@@ -1,20 +1,24 @@
 """What a pipeline could not do with its arguments, found before weights load.
 
-Owns the rules about values: counts, sizes, frames, pictures, prompts, options without effect. Each refusal says
-what would work. Does not know where an argument came from.
+Owns the rules about values: counts, sizes, frames, pictures, prompts, options without effect, and what the pipeline
+fills in where an argument is left out. Each refusal says what would work. Does not know where an argument came from.
 """
 
 from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
-import torch
+from PIL import Image
 
+from penstock.engine.dryrun import dry_run
+from penstock.engine.values import type_hints, wants_picture
 from penstock.errors import RequestError
+from penstock.models.needs import does_without
 from penstock.models.sizes import call_parameters, frame_multiple, size_multiple
 from penstock.request import is_whole
 
@@ -22,8 +26,17 @@ FRAME_ARGUMENTS = ("num_frames", "video_length", "frames")
 """Under which names pipelines take the number of frames."""
 
 _COUNTS = ("width", "height", "num_inference_steps", "max_sequence_length", *FRAME_ARGUMENTS)
-_NEEDS_IMAGE = re.compile(r"Img2Img|ImageToVideo|ImageToImage|Inpaint|Pix2Pix|Upscale|FluxFill|I2VGen|Depth2Img")
-_INSTEAD_OF_IMAGE = ("image_embeds", "image_latents", "latents")
+_PICTURE = re.compile(r"(.+_)?(images?|video|frames|(?<!attention_)mask)")
+_INSTEAD_OF_PICTURE = ("image_embeds", "image_latents", "masked_image_latents", "latents")
+_ENLARGES = {
+    "StableDiffusionUpscalePipeline": 4,
+    "StableDiffusionLatentUpscalePipeline": 2,
+    "LDMSuperResolutionPipeline": 4,
+}
+"""How much longer the sides of a result are than those of its picture, where no argument says its size.
+Source: their documentation in diffusers 0.42."""
+_STEPS = "num_inference_steps"
+_TRIAL_SIZES = ((64, 64), (128, 192))
 PACKS_FRAMES = re.compile(r"Wan|LTX|HunyuanVideo(?!Framepack)")  # others pad, trim, or work in windows
 _PROMPT = re.compile(r"(negative_)?prompt(_[0-9])?")
 _SCHEDULES = ("sigmas", "timesteps")
@@ -32,12 +45,32 @@ _OWN_RULE = "do_classifier_free_guidance"
 _EMPTY = inspect.Parameter.empty
 
 
-def check_arguments(pipeline: Any, arguments: Mapping[str, Any]) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Effective:
+    """What a call makes, with what was left out filled in as the pipeline does; None where only the call itself tells.
+
+    Attributes:
+        width: pixels.
+        height: pixels.
+        num_frames: of a video.
+        num_inference_steps: that are asked for; a strength may leave fewer.
+    """
+
+    width: int | None = None
+    height: int | None = None
+    num_frames: int | None = None
+    num_inference_steps: int | None = None
+
+
+def check_arguments(pipeline: Any, arguments: Mapping[str, Any]) -> Effective:
     """Refuse what this pipeline could not do.
 
     Args:
         pipeline: the pipeline or its skeleton.
         arguments: all that its `__call__` will be given, but for the generator.
+
+    Returns:
+        What the call makes.
 
     Raises:
         RequestError: with the numbers, the reason, and what works.
@@ -47,7 +80,28 @@ def check_arguments(pipeline: Any, arguments: Mapping[str, Any]) -> None:
     _check_prompts(arguments)
     _check_sizes(pipeline, arguments)
     _check_guidance(pipeline, arguments)
-    _check_by_the_pipeline(pipeline, arguments)
+    return _effective(pipeline, arguments, _checked_by_the_pipeline(pipeline, arguments))
+
+
+def default_values(pipeline: Any, defaults: Mapping[str, Any]) -> Effective:
+    """What a pipeline makes where nothing is asked for but a prompt and the pictures that it needs.
+
+    Args:
+        pipeline: the pipeline or its skeleton.
+        defaults: the model maker's own.
+
+    Returns:
+        The size is None where it follows a picture.
+    """
+    takes = call_parameters(type(pipeline))
+    found = []
+    for size in _TRIAL_SIZES:
+        pictures = dict.fromkeys(needed_pictures(type(pipeline)), Image.new("RGB", size))
+        texts = {"prompt": "a"} if "prompt" in takes else {}
+        arguments = {**texts, **pictures, **defaults}
+        found.append(_effective(pipeline, arguments, dry_run(pipeline, arguments).values))
+    first, second = found
+    return first if first == second else replace(first, width=None, height=None)
 
 
 def effect_notes(pipeline: Any, arguments: Mapping[str, Any]) -> list[str]:
@@ -61,13 +115,32 @@ def effect_notes(pipeline: Any, arguments: Mapping[str, Any]) -> list[str]:
     return []
 
 
+def needed_pictures(pipeline_class: type) -> list[str]:
+    """The pictures, masks and videos without which a pipeline cannot begin."""
+    hints = type_hints(pipeline_class)
+    return [
+        name
+        for name, parameter in call_parameters(pipeline_class).items()
+        if _is_picture(name, hints)
+        and (parameter.default is _EMPTY or (parameter.default is None and not does_without(pipeline_class, name)))
+    ]
+
+
 def _check_required(pipeline: Any, arguments: Mapping[str, Any]) -> None:
-    name = type(pipeline).__name__
-    has_picture = any(arguments.get(other) is not None for other in _INSTEAD_OF_IMAGE)
-    for argument, parameter in call_parameters(type(pipeline)).items():
-        is_needed = argument == "image" and parameter.default is None and _NEEDS_IMAGE.search(name)
-        if argument not in arguments and (parameter.default is _EMPTY or (is_needed and not has_picture)):
-            raise RequestError(f"{name} needs {argument!r}: give it.", argument)
+    owner: Any = type(pipeline)
+    hints = type_hints(owner)
+    has_other = any(arguments.get(other) is not None for other in _INSTEAD_OF_PICTURE)
+    for argument, parameter in call_parameters(owner).items():
+        is_needed = argument not in arguments and parameter.default is _EMPTY
+        if not is_needed and not has_other and arguments.get(argument) is None and parameter.default is None:
+            is_needed = _is_picture(argument, hints) and not does_without(owner, argument)
+        if is_needed:
+            raise RequestError(f"{owner.__name__} needs {argument!r}: give it.", argument)
+
+
+def _is_picture(argument: str, hints: Mapping[str, Any]) -> bool:
+    is_other = argument in _INSTEAD_OF_PICTURE or argument.endswith("_latents")
+    return not is_other and (_PICTURE.fullmatch(argument) is not None or wants_picture(hints.get(argument)))
 
 
 def _check_counts(arguments: Mapping[str, Any]) -> None:
@@ -153,7 +226,7 @@ def _check_guidance(pipeline: Any, arguments: Mapping[str, Any]) -> None:
     if not is_on:
         raise RequestError(
             f"negative_prompt has no effect in {type(pipeline).__name__} with {name}={values[name]}: guidance is off. "
-            f"Give a higher one, such as --set {name}=4, or leave the negative prompt out.",
+            f"Give a higher one, such as {name}=4, or leave the negative prompt out.",
             "negative_prompt",
         )
 
@@ -174,23 +247,50 @@ def _own_rule(pipeline: Any, values: Mapping[str, Any]) -> bool | None:
         return None
 
 
-def _check_by_the_pipeline(pipeline: Any, arguments: Mapping[str, Any]) -> None:
-    """Run the pipeline's own `check_inputs` where its parameters can be filled by name."""
-    check = getattr(pipeline, "check_inputs", None)
-    if check is None:
-        return
-    defaults = {key: parameter.default for key, parameter in call_parameters(type(pipeline)).items()}
-    values = {**defaults, **arguments}
-    wanted = inspect.signature(check).parameters
-    if _is_binned(pipeline, arguments) and {"height", "width"} & set(wanted):
-        return  # it is asked of the binned size
-    filled = {key: values[key] for key in wanted if values.get(key, _EMPTY) is not _EMPTY}
-    if any(key not in filled and parameter.default is _EMPTY for key, parameter in wanted.items()):
-        return
-    try:
-        with torch.no_grad():
-            check(**filled)
-    except ValueError as error:
-        raise RequestError(f"{type(pipeline).__name__}: {str(error).strip()}") from error
-    except (TypeError, AttributeError, LookupError, RuntimeError):
-        return  # it needs a size or a tensor that its __call__ fills in later: that check comes at the call
+def _checked_by_the_pipeline(pipeline: Any, arguments: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Run the pipeline's own checks, on what it fills in itself; the values that it would go on with."""
+    run = dry_run(pipeline, arguments)
+    name, takes = type(pipeline).__name__, call_parameters(type(pipeline))
+    left = run.values.get(_STEPS)
+    if isinstance(left, int) and left < 1 and "strength" in takes:
+        strength = arguments.get("strength", takes["strength"].default)
+        raise RequestError(f"strength={strength} leaves {name} no step to do. Give a higher one.", "strength")
+    if run.refusal is not None:
+        said = str(run.refusal).strip() or type(run.refusal).__name__
+        raise RequestError(f"{name}: {said}", _named_in(said, takes, arguments)) from run.refusal
+    return run.values
+
+
+def _named_in(text: str, takes: Iterable[str], arguments: Mapping[str, Any]) -> str | None:
+    """The argument that a pipeline's error is about: one that it quotes, else names; one that was given, if any was."""
+    for form in (r"[`'\"]{}[`'\"]", r"(?<![\w.]){}(?!\w)"):
+        found = {
+            name: match.start() for name in takes if (match := re.search(form.format(re.escape(name)), text, re.I))
+        }
+        given = [name for name in found if arguments.get(name) is not None]
+        if found:
+            return min(given or found, key=lambda name: found[name])
+    return None
+
+
+def _effective(pipeline: Any, arguments: Mapping[str, Any], values: Mapping[str, Any]) -> Effective:
+    takes = call_parameters(type(pipeline))
+
+    def filled(name: str) -> int | None:
+        found = arguments.get(name)
+        found = values.get(name) if found is None else found
+        return found if name in takes and is_whole(found, 1) else None
+
+    width, height = filled("width"), filled("height")
+    size = getattr(arguments.get("image"), "size", None)
+    if not {"width", "height"} & takes.keys() and isinstance(size, tuple):
+        factor = _ENLARGES.get(type(pipeline).__name__, 1)
+        width, height = (factor * side for side in size)
+    frames = next((name for name in FRAME_ARGUMENTS if name in takes), "")
+    steps = arguments.get(_STEPS) or getattr(takes.get(_STEPS), "default", None)
+    return Effective(
+        width=width,
+        height=height,
+        num_frames=filled(frames),
+        num_inference_steps=steps if is_whole(steps, 1) else filled(_STEPS),
+    )

@@ -18,9 +18,9 @@ from pydantic.errors import PydanticSchemaGenerationError
 from penstock import __version__
 from penstock.engine.arguments import NOT_SETTABLE
 from penstock.engine.build import Prepared
-from penstock.engine.checks import FRAME_ARGUMENTS
+from penstock.engine.checks import FRAME_ARGUMENTS, default_values, needed_pictures
 from penstock.engine.values import type_hints, wants_picture
-from penstock.models.sizes import call_defaults, call_parameters, frame_multiple, frame_rate, output_kind, size_multiple
+from penstock.models.sizes import call_parameters, frame_multiple, frame_rate, output_kind, size_multiple
 
 _MASKS = ("mask_image", "mask")
 _REFERENCES = re.compile(r"Flux2|QwenImageEditPlus|QwenImage21|GlmImage|ZImageOmni|BriaFibo2|BriaFiboEdit")
@@ -33,14 +33,15 @@ def describe(prepared: Prepared) -> dict[str, Any]:
     Returns:
         `model`, `pipeline` (its class), `kind`, `parameters` (name to `type` (JSON Schema), `default`, `is_required`,
         `is_picture`), `accepts_image`, `accepts_mask` (the argument's name, or None), `accepts_several_images`,
-        `default_width`, `default_height`, `size_multiple`, `frame_multiple`, `default_num_frames`,
-        `default_frame_rate`, `frames_argument`, `defaults` (the maker's own), `takes_lora`, `takes_latents`,
+        `needs_pictures` (names), `default_width`, `default_height` (None where they follow a picture that is needed),
+        `size_multiple`, `frame_multiple`, `default_num_frames`, `default_num_inference_steps`, `default_frame_rate`,
+        `frames_argument`, `defaults` (the maker's own), `takes_lora`, `takes_latents`,
         `prompt_grammar` (the prompts that the model knows, in words, or None), `effective` (see `effective`).
     """
     pipeline, notes = prepared.skeleton.pipeline, prepared.notes
     owner = type(pipeline)
     takes, kind = call_parameters(owner), output_kind(owner)
-    defaults = {**call_defaults(owner), **notes.defaults}
+    own = default_values(pipeline, notes.defaults)
     frames = next((name for name in FRAME_ARGUMENTS if name in takes), None)
     return {
         "model": prepared.skeleton.folder.model,
@@ -50,12 +51,14 @@ def describe(prepared: Prepared) -> dict[str, Any]:
         "accepts_image": "image" in takes,
         "accepts_mask": next((name for name in _MASKS if name in takes), None),
         "accepts_several_images": "image" in takes and _takes_several(owner),
-        "default_width": _whole(defaults.get("width")),
-        "default_height": _whole(defaults.get("height")),
+        "needs_pictures": needed_pictures(owner),
+        "default_width": own.width,
+        "default_height": own.height,
         "size_multiple": size_multiple(pipeline),
         "frame_multiple": frame_multiple(pipeline) if kind == "video" else 1,
         "frames_argument": frames,
-        "default_num_frames": _whole(defaults.get(frames)) if frames else None,
+        "default_num_frames": own.num_frames,
+        "default_num_inference_steps": own.num_inference_steps,
         "default_frame_rate": frame_rate(pipeline, dict(notes.defaults)) if kind == "video" else None,
         "defaults": dict(notes.defaults),
         "takes_lora": hasattr(pipeline, "load_lora_weights"),
@@ -113,7 +116,3 @@ def _takes_several(owner: type) -> bool:
     if owner.__module__.startswith("diffusers."):
         return _REFERENCES.match(owner.__name__) is not None
     return "list" in str(type_hints(owner).get("image")).lower()
-
-
-def _whole(value: Any) -> int | None:
-    return value if isinstance(value, int) else None

@@ -35,7 +35,7 @@ from penstock.errors import (
     RequestError,
 )
 from penstock.request import GenerationRequest, GenerationResult, StepEvent
-from penstock.wire import Ended, Failure, Made, MadeFile, Order, OrderEvent, Step
+from penstock.wire import Checked, Ended, Failure, Made, MadeFile, Order, OrderEvent, Step
 
 _SEED_LIMIT = 2**32
 _CLOSE_S = 30.0
@@ -151,11 +151,12 @@ class Engine:
         """End an order, wherever it stands; its `Ended` follows once all its ranks have let go. Unknown: nothing."""
         self._fleet.cancel(order_id)
 
-    def check(self, request: GenerationRequest) -> Future[Failure | None]:
+    def check(self, request: GenerationRequest) -> Future[Checked]:
         """Ask a rank, beside its work, whether the pipeline takes a request.
 
         Returns:
-            None in the future where it does, else why not; NotReadyError where no rank can be asked, or dies meanwhile.
+            In the future, its `failure` where it does not, else the size, frames and steps of what it would make, also
+            where the request leaves them to the pipeline; NotReadyError where no rank can be asked, or dies meanwhile.
         """
         self._require_here()
         return self._fleet.check(request)

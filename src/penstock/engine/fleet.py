@@ -49,7 +49,7 @@ from penstock.wire import (
 _TICK_MS = 100
 _PAUSE_S = 1.0  # between two steps, after which this process counts as having stood still
 _GRACE_S = 5.0
-_Answer = Future[Failure | None]
+_Answer = Future[Checked]
 
 
 class Fleet:
@@ -247,7 +247,7 @@ class Fleet:
                 self._refuse(group, message)
             case Checked():
                 _, answer = self._checks.pop(message.number)
-                answer.set_result(message.failure)
+                answer.set_result(message)
             case Idle():
                 rank.rest()
                 if not any(other.is_working for other in group.ranks):

@@ -16,6 +16,7 @@ import threading
 import time
 import traceback
 from contextlib import suppress
+from dataclasses import asdict
 from queue import SimpleQueue
 
 import msgspec
@@ -24,7 +25,7 @@ import zmq
 
 from penstock.distributed.environment import read_environment, start, stop
 from penstock.distributed.launcher import obey
-from penstock.engine.arguments import call_arguments
+from penstock.engine.arguments import checked_arguments
 from penstock.engine.build import LoadEvent, Prepared, fill, prepare
 from penstock.engine.description import describe
 from penstock.engine.placement import choose_device
@@ -131,23 +132,24 @@ class Line:
         with suppress(zmq.ZMQError):  # it is closed
             while True:
                 message = self._questions.get()
-                checked = encode(Checked(number=message.number, failure=self._check(message)))
+                checked = encode(self._check(message))
                 with self._context.socket(zmq.PUSH) as mouth:
                     mouth.connect(_INSIDE)
                     mouth.send(checked)
 
-    def _check(self, message: Check) -> Failure | None:
-        """Why the pipeline would not take a request; None where it would."""
+    def _check(self, message: Check) -> Checked:
+        """Why the pipeline would not take a request, or what it would make."""
         if self.prepared is None:
-            return Failure(code="request_invalid", message="the model is not loaded yet. Ask again in some seconds.")
+            return _refused(message, "the model is not loaded yet. Ask again in some seconds.")
         try:
-            call_arguments(message.request, self.prepared.skeleton.pipeline, self.prepared.notes.defaults)
+            pipeline, defaults = self.prepared.skeleton.pipeline, self.prepared.notes.defaults
+            _, effective = checked_arguments(message.request, pipeline, defaults)
         except RequestError as error:
-            return Failure(code="request_invalid", message=str(error), param=error.param)
+            return _refused(message, str(error), error.param)
         except Exception as error:  # this thread answers: it must not end
             traceback.print_exc()
-            return Failure(code="request_invalid", message=f"the pipeline's own check failed: {type(error).__name__}.")
-        return None
+            return _refused(message, f"the pipeline's own check failed: {type(error).__name__}.")
+        return Checked(number=message.number, **asdict(effective))
 
     def _beat(self) -> Beat:
         """What this process holds: on a GPU what torch has allocated, on the CPU the weights; on the host all of it."""
@@ -158,6 +160,10 @@ class Line:
         else:
             device_bytes = self.prepared.plan.promised_bytes
         return Beat(device_bytes=device_bytes, host_bytes=_host_bytes())
+
+
+def _refused(message: Check, why: str, param: str | None = None) -> Checked:
+    return Checked(number=message.number, failure=Failure(code="request_invalid", message=why, param=param))
 
 
 def _host_bytes() -> int:

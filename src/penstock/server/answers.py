@@ -79,14 +79,13 @@ def job_answer(job: Job, jobs: Jobs, request: Request) -> JobAnswer:
 
 
 def images_answer(run: Run, request: Request, *, as_url: bool) -> ImagesAnswer:
-    """The pictures of a finished run."""
+    """The pictures of a finished run, by their addresses, or as they are: those need not have been kept."""
     job = run.job
-    items = [
-        ImageItem(url=url_of(request, file), seed=file.seed)
-        if as_url
-        else ImageItem(b64_json=run.contents[file.item], seed=file.seed)
-        for file in job.results()
-    ]
+    if as_url:
+        items = [ImageItem(url=url_of(request, file), seed=file.seed) for file in job.results()]
+    else:
+        contents = sorted(run.contents.items())
+        items = [ImageItem(b64_json=content, seed=(job.seed or 0) + item) for item, content in contents]
     return ImagesAnswer(
         created=job.created_at,
         data=items,

@@ -6,6 +6,7 @@ signals, or how its parts work.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -18,6 +19,7 @@ from fastapi.middleware import Middleware
 from penstock import __version__
 from penstock.server import contents, failures, images, listing, models, openapi, operations, page, remixes, videos
 from penstock.server.access import Access
+from penstock.server.conditions import Conditions
 from penstock.server.files import Files
 from penstock.server.jobs import Jobs
 from penstock.server.keys import Guard, Keys
@@ -71,6 +73,9 @@ def create_app(
         files=files,
         media=RemoteMedia(settings.allow_remote_media, max_bytes=settings.upload_bytes),
         metrics=metrics,
+        conditions=Conditions(
+            store.file, [spool, *([files.folder] if files.folder else [])], settings.least_free_bytes
+        ),
         spool=spool,
         names=list(dict.fromkeys([settings.served_model_name or model, model])),
         options=options or {},
@@ -85,9 +90,11 @@ def _application(service: Service) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         await service.jobs.start()
+        watching = asyncio.create_task(service.conditions.watch())
         try:
             yield
         finally:
+            watching.cancel()
             await service.jobs.stop()
 
     app = FastAPI(

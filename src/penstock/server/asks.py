@@ -11,7 +11,7 @@ import json
 import math
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from penstock.server.failures import MOST_NAME, ApiError, invalid
 from penstock.server.pipeline import Pipeline, seconds_of
 from penstock.server.schemas import ADVICE_ELSEWHERE, MOST_IMAGES, Ask, ImageAsk, VariationAsk, VideoAsk
 from penstock.server.settings import ServeConfig
-from penstock.wire import FileFormat, Lora
+from penstock.wire import Checked, FileFormat, Lora
 
 _SEEDS = 2**32
 _STEPS = "num_inference_steps"  # those of a prior or a decoder begin with its name
@@ -32,7 +32,7 @@ _SCHEDULES = ("sigmas", "timesteps")  # one step for each entry
 _RATES = ("frame_rate",)  # what pipelines call fps
 _MOST_ARGUMENTS = 2**20  # bytes of all fields: they travel to ranks and into the record
 _MOST_TEXT = 100_000  # characters of one argument of a pipeline
-_UNRECORDED = {"model", "user", "safety_identifier", "stream", "response_format"}
+_UNRECORDED = {"model", "user", "safety_identifier", "stream", "detach", "response_format"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +122,33 @@ def wanted(ask: Ask, pipeline: Pipeline, settings: ServeConfig, pictures: Mappin
     )
 
 
+def within_limits(want: Wanted, checked: Checked, pipeline: Pipeline, settings: ServeConfig) -> Wanted:
+    """Hold what a pipeline would really make against the limits: it fills in what a request leaves out.
+
+    Args:
+        want: what is wanted, within the limits as far as it says.
+        checked: what the pipeline would make of it.
+        pipeline: it.
+        settings: limits.
+
+    Returns:
+        The same, with the real size and duration where they are known.
+
+    Raises:
+        ApiError: 413 for more pixels or frames than this server makes, 400 for more steps.
+    """
+    _check_pixels((checked.width, checked.height), pipeline, settings, "size")
+    _check_frames(checked.num_frames, want.request.frame_rate or pipeline.frame_rate, settings, "num_frames")
+    if checked.num_inference_steps and checked.num_inference_steps > settings.max_steps:
+        raise _too_many_steps(f"{pipeline.name} makes {checked.num_inference_steps} steps of its own", _STEPS, settings)
+    changes: dict[str, Any] = {}
+    if checked.width and checked.height:
+        changes["size"] = f"{checked.width}x{checked.height}"
+    if want.seconds is not None and checked.num_frames:
+        changes["seconds"] = seconds_of(checked.num_frames, want.request.frame_rate or pipeline.frame_rate)
+    return replace(want, **changes)
+
+
 def _count(ask: Ask, settings: ServeConfig) -> int:
     count = ask.n or 1 if isinstance(ask, ImageAsk) else 1
     most = min(settings.max_images, MOST_IMAGES)
@@ -140,17 +167,22 @@ def _size(ask: Ask, pipeline: Pipeline, settings: ServeConfig) -> tuple[int | No
         if value is not None and not pipeline.takes(name):
             field = "size" if ask.width is None and ask.height is None else name
             raise invalid(field, f"{pipeline.name} takes no {name}: it makes one size. Leave {field} out.")
-    full = pipeline.size(width, height)
-    if full[0] and full[1] and full[0] * full[1] > settings.most_pixels:
-        best = pipeline.largest_size(full[0], full[1], settings.most_pixels)
+    param = "size" if ask.width is None else "width"
+    _check_pixels(pipeline.size(width, height), pipeline, settings, param)
+    return width, height
+
+
+def _check_pixels(size: tuple[int | None, int | None], pipeline: Pipeline, settings: ServeConfig, param: str) -> None:
+    width, height = size
+    if width and height and width * height > settings.most_pixels:
+        best = pipeline.largest_size(width, height, settings.most_pixels)
         raise ApiError(
             413,
-            f"{full[0]}x{full[1]} is {full[0] * full[1]} pixels, and this server makes at most {settings.most_pixels} "
+            f"{width}x{height} is {width * height} pixels, and this server makes at most {settings.most_pixels} "
             f"({settings.max_pixels}). The largest of that shape is {best[0]}x{best[1]}.",
             code="too_large",
-            param="size" if ask.width is None else "width",
+            param=param,
         )
-    return width, height
 
 
 def _frames(ask: Ask, pipeline: Pipeline, settings: ServeConfig) -> tuple[int | None, float | None]:
@@ -161,17 +193,20 @@ def _frames(ask: Ask, pipeline: Pipeline, settings: ServeConfig) -> tuple[int | 
         if frames is not None:
             raise invalid("seconds", f"seconds={ask.seconds} and num_frames={frames} are both given. Keep one of them.")
         frames = pipeline.num_frames(float(ask.seconds), rate or pipeline.frame_rate or 1.0)
-    made = frames or pipeline.default_num_frames or 0
-    if made > settings.max_frames:
-        field = "num_frames" if ask.seconds is None else "seconds"
-        best = settings.max_frames / (rate or pipeline.frame_rate or 1.0)
+    param = "num_frames" if ask.seconds is None else "seconds"
+    _check_frames(frames or pipeline.default_num_frames, rate or pipeline.frame_rate, settings, param)
+    return frames, rate
+
+
+def _check_frames(frames: int | None, rate: float | None, settings: ServeConfig, param: str) -> None:
+    if frames and frames > settings.max_frames:
+        best = settings.max_frames / (rate or 1.0)
         raise ApiError(
             413,
-            f"{made} frames are more than this server makes. The most is {settings.max_frames}, or {best:.1f} s.",
+            f"{frames} frames are more than this server makes. The most is {settings.max_frames}, or {best:.1f} s.",
             code="too_large",
-            param=field,
+            param=param,
         )
-    return frames, rate
 
 
 def _check_steps(ask: Ask, pipeline: Pipeline, settings: ServeConfig) -> None:
@@ -185,8 +220,12 @@ def _check_steps(ask: Ask, pipeline: Pipeline, settings: ServeConfig) -> None:
         count = _num_steps(name, facts.get("default") if is_own else given[name])
         if count > settings.max_steps:
             whose = f"{pipeline.name} makes {count} steps of its own" if is_own else f"{name} means {count} steps"
-            message = f"{whose}, more than this server does. The most is {settings.max_steps}: give {name} accordingly."
-            raise invalid(name, message)
+            raise _too_many_steps(whose, name, settings)
+
+
+def _too_many_steps(whose: str, name: str, settings: ServeConfig) -> ApiError:
+    message = f"{whose}, more than this server does. The most is {settings.max_steps}: give {name} accordingly."
+    return invalid(name, message)
 
 
 def _num_steps(name: str, value: Any) -> int:
@@ -241,7 +280,7 @@ def _format(ask: Ask) -> FileFormat:
 def _partials(ask: Ask) -> int:
     if not isinstance(ask, ImageAsk) or not ask.partial_images:
         return 0
-    if not ask.stream:
+    if not ask.stream and not ask.detach:
         raise invalid("partial_images", "partial_images come in a stream of events. Give stream=true, or leave it out.")
     return ask.partial_images
 

@@ -28,7 +28,12 @@ AT_ONCE = 64
 """Connections taken in one turn of the loop; where it has no descriptor, asyncio fails as often in a turn."""
 QUEUED = 2048
 """Connections that the system keeps until they are taken; those that find no place try again a second later."""
+PROBE_S = 0.25
+"""Seconds between the first two words to a client that sends no more; later ones come every `PROBES_S`."""
+PROBES_S = 2.0
+_PROBE = b"HTTP/1.1 100 Continue\r\n\r\n"  # which every client passes over
 _SILENCE_S = 60.0
+_WHOLE = (h11.DONE, h11.MUST_CLOSE, h11.CLOSED)
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE)
 
 
@@ -44,6 +49,8 @@ class Connection(H11Protocol):
 
     _timer: asyncio.TimerHandle | None = None
     _reader: asyncio.TimerHandle | None = None
+    _probe: asyncio.TimerHandle | None = None
+    _is_half_closed = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin to wait for a request."""
@@ -54,7 +61,31 @@ class Connection(H11Protocol):
         """Wait no more."""
         self._unwatch()
         self._unwatch_reader()
+        self._end_probe()
         super().connection_lost(exc)
+
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """The client sends no more: it has left, or waits for its answer with one half of the connection closed.
+
+        Both look alike until something is written: the system of a client that has left refuses it. So where a whole
+        request waits for its answer, and nothing of that was sent, the client is told to wait.
+
+        Returns:
+            Whether the connection stays.
+        """
+        if self.cycle is None or self.cycle.response_started or self.conn.their_state not in _WHOLE:
+            return False
+        if self.conn.their_http_version == b"1.0":
+            return False  # it knows no interim answers
+        self._is_half_closed = True
+        self._send_probe(PROBE_S)
+        return True
+
+    def on_response_complete(self) -> None:
+        """The next request of those that have come; a client that sends no more has no further one."""
+        super().on_response_complete()
+        if self._is_half_closed and (self.cycle is None or self.cycle.response_complete):
+            self.transport.close()
 
     def data_received(self, data: bytes) -> None:
         """Wait on where a request has begun to come; no longer for it, however slowly it comes."""
@@ -96,6 +127,18 @@ class Connection(H11Protocol):
     def _watch(self) -> None:
         if self._timer is None and not self.transport.is_closing():
             self._timer = self.loop.call_later(HEAD_S, self.transport.close)
+
+    def _send_probe(self, next_s: float) -> None:
+        self._probe = None
+        if self.cycle is None or self.cycle.response_started or self.transport.is_closing():
+            return
+        self.transport.write(_PROBE)
+        self._probe = self.loop.call_later(next_s, self._send_probe, PROBES_S)
+
+    def _end_probe(self) -> None:
+        if self._probe is not None:
+            self._probe.cancel()
+            self._probe = None
 
     def _unwatch_reader(self) -> None:
         if self._reader is not None:

@@ -124,6 +124,11 @@ class Database:
         """The URL without anything secret."""
         return _shown(self._url)
 
+    @property
+    def file(self) -> Path | None:
+        """Where it is on this machine; None for one that is no file."""
+        return Path(str(self._url.database)) if self._is_sqlite else None
+
     @contextmanager
     def reading(self) -> Iterator[sa.Connection]:
         """A connection to ask.

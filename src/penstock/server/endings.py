@@ -10,7 +10,7 @@ from typing import Any
 
 from msgspec.structs import asdict as fields_of
 
-from penstock.server.failures import ApiError, how_it_died, of_failure
+from penstock.server.failures import ApiError, how_it_died, in_fields, of_failure
 from penstock.server.job import Job
 from penstock.server.pipeline import seconds_of
 from penstock.server.runs import Run
@@ -20,6 +20,7 @@ from penstock.wire import Ended, Failure, MadeFile
 
 WORDS = {
     "client_left": "the client left before it was made, so it was cancelled. Ask again.",
+    "stopped": "it was cancelled before all of it was made. What was finished stays.",
     "deleted": "it was deleted before it was made.",
     "server_stopped": "the server was stopped before it was made. Ask again once it runs.",
 }
@@ -47,16 +48,18 @@ def ending(run: Run, failure: Failure | None, ended: Ended, ttl_s: int) -> dict[
     now = int(time.time())
     timings = {name: round(value, 4) for name, value in fields_of(ended.timings).items()}
     values: dict[str, Any] = {"completed_at": now, "expires_at": now + ttl_s, "timings": timings}
+    files = tuple(sorted(run.kept, key=lambda file: (file.item, file.role)))
     if failure is None:
-        files = tuple(sorted(run.kept, key=lambda file: (file.item, file.role)))
         return {**values, **_real(run.made[0]), "status": "completed", "progress": 100, "files": files}
-    code, message = failure.code, failure.message
+    code, message = failure.code, in_fields(failure.message)
     if code in ("cancelled", "engine_closed") and run.cancel_reason:
         code = "server_stopped" if run.cancel_reason == "server_stopped" else "cancelled"
         message = WORDS[run.cancel_reason]
     if died := how_it_died(message):
         message = f"{died}. Ask again."
-    return {**values, "status": "failed", "error_code": code, "error_message": message, "files": ()}
+    if code != "cancelled" or run.cancel_reason != "stopped":
+        files = ()
+    return {**values, "status": "failed", "error_code": code, "error_message": message, "files": files}
 
 
 def _real(made: MadeFile) -> dict[str, str]:

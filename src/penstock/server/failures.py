@@ -51,10 +51,11 @@ _OF_RANKS: dict[str, tuple[int, int | None]] = {
     "server_stopped": (503, STOPPING_RETRY_S),
     "server_restarted": (503, RANKS_RETRY_S),
     "server_died": (503, RANKS_RETRY_S),
-    "storage_failed": (503, STORAGE_RETRY_S),
+    "storage_failed": (503, None),  # after the work: to ask again is to do it again
 }
 """Failure code of a job: the status of the request that waited for it, and after how many seconds to try again."""
 _DIED = re.compile(r"rank [0-9]+ died \([^()]*\)")
+_FLAG = re.compile(r"(?<![\w-])--(?:set )?([a-z][a-z0-9-]*)")
 _HARMFUL = ("rank_died", "rank_hung")
 """What a client should not repeat by itself, though another try may work: the request may be what ended the ranks."""
 
@@ -120,7 +121,14 @@ def envelope(status: int, message: str, *, code: str | None = None, param: str |
 def of_failure(failure: Failure) -> ApiError:
     """What to answer to the request whose job failed so."""
     status, retry_after_s = _OF_RANKS.get(failure.code, (500, None))
-    return ApiError(status, failure.message, code=failure.code, param=failure.param, retry_after_s=retry_after_s)
+    return ApiError(
+        status, in_fields(failure.message), code=failure.code, param=failure.param, retry_after_s=retry_after_s
+    )
+
+
+def in_fields(message: str) -> str:
+    """Words of the engine for a client: options by their names in `/v1/config`, not as flags of a command line."""
+    return _FLAG.sub(lambda found: found[1].replace("-", "_"), message)
 
 
 def how_it_died(message: str) -> str | None:
@@ -208,9 +216,9 @@ async def _penstock_error(request: Request, error: Exception) -> JSONResponse:
 def from_error(error: Exception) -> ApiError:
     """The answer to an exception of ours."""
     if isinstance(error, QueueFullError):
-        return ApiError(429, str(error), code="queue_full", retry_after_s=error.retry_after_s)
+        return ApiError(429, in_fields(str(error)), code="queue_full", retry_after_s=error.retry_after_s)
     if isinstance(error, NotReadyError):
-        return ApiError(503, str(error), code="not_ready", retry_after_s=NOT_READY_RETRY_S)
+        return ApiError(503, in_fields(str(error)), code="not_ready", retry_after_s=NOT_READY_RETRY_S)
     if isinstance(error, StoreError):
         structlog.get_logger().error("the database failed", error=str(error))
         message = "the server's database does not answer as it should. Try again; the server's log says what is wrong."
@@ -222,8 +230,8 @@ def from_error(error: Exception) -> ApiError:
         message = "the server's storage does not answer as it should. Try again; the server's log says what is wrong."
         return ApiError(503, message, code="storage_failed", retry_after_s=STORAGE_RETRY_S)
     if isinstance(error, UsageError):
-        return invalid(error.param if isinstance(error, RequestError) else None, str(error))
-    return ApiError(500, str(error), code="internal_error")
+        return invalid(error.param if isinstance(error, RequestError) else None, in_fields(str(error)))
+    return ApiError(500, in_fields(str(error)), code="internal_error")
 
 
 async def _left(request: Request, error: Exception) -> JSONResponse:

@@ -84,6 +84,11 @@ class Files:
         self._store, self._folder = _opened(url)
         self._takes_attributes = self._folder is None
 
+    @property
+    def folder(self) -> Path | None:
+        """Where they are on this machine; None for a bucket, and for memory."""
+        return self._folder
+
     async def check(self) -> None:
         """Write, read and remove a file, and remove what dead servers left half-written.
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from fastapi import APIRouter, Request, Response
 
-from penstock.server.answers import format_of, images_answer
+from penstock.server.answers import format_of, images_answer, job_answer
 from penstock.server.bodies import FORM, JSON, Body, reading
 from penstock.server.endings import failure_of
 from penstock.server.events import Event, stream, unless_left
@@ -22,7 +22,7 @@ from penstock.server.making import admit, begin
 from penstock.server.openapi import JOB_ID, STREAM, errors
 from penstock.server.pictures import Taken
 from penstock.server.runs import Run
-from penstock.server.schemas import EditAsk, ImageAsk, ImagesAnswer, Usage, VariationAsk
+from penstock.server.schemas import EditAsk, ImageAsk, ImagesAnswer, JobAnswer, Usage, VariationAsk
 from penstock.server.service import Service, service_of
 from penstock.server.threads import CODING
 
@@ -33,6 +33,7 @@ Name = Literal["image_generation", "image_edit"]
 CLIENT_LEFT = 499
 _ANSWERS: dict[int | str, Any] = {
     200: {"description": "The pictures, or events where stream is true.", "content": STREAM, "headers": JOB_ID},
+    202: {"description": "The job, where detach is true.", "model": JobAnswer, "headers": JOB_ID},
     **errors(400, 404, 408, 409, 413, 415, 429, 500, 503, 507),
 }
 
@@ -76,25 +77,39 @@ async def _begin(request: Request, ask: type[ImageAsk], body: Body, taken: Taken
     if fields.stream and fields.response_format == "url":
         message = "events carry the pictures themselves. Leave response_format or stream out."
         raise invalid("response_format", message)
-    run = await begin(request, ask, body, taken, kind="image", wants_contents=fields.response_format != "url")
+    if fields.stream and fields.detach:
+        raise invalid(
+            "detach", "a stream lasts as long as its client, and detach goes on without. Leave one of them out."
+        )
+    wants_contents = fields.response_format != "url" and not fields.detach
+    run = await begin(request, ask, body, taken, kind="image", wants_contents=wants_contents)
     return run, fields
 
 
 async def _answer(request: Request, run: Run, fields: ImageAsk, name: Name) -> Response:
     service = service_of(request)
     headers = {"x-penstock-job-id": run.job.id}
+    if fields.detach:
+        job = job_answer(run.job, service.jobs, request)
+        return Response(job.model_dump_json(), 202, headers, "application/json")
     if fields.stream:
-        return stream(_events(service, run, name), request, headers=headers, at_end=lambda: _let_go(service, run))
+        return stream(_events(run, fields, name), request, headers=headers, at_end=lambda: _let_go(service, run))
     if await unless_left(request, run.is_over.wait()) is None:
         _let_go(service, run)
         return Response(status_code=CLIENT_LEFT)
-    if run.job.status == "failed":
+    if run.job.status == "failed" and not _is_unkept(run, fields):
         error = failure_of(run.job)
         error.headers |= headers
         raise error
     answer = images_answer(run, request, as_url=fields.response_format == "url")
-    content = await CODING.run(lambda: answer.model_dump_json(exclude_none=True))
+    content = await CODING.run(lambda: answer.model_dump_json())
     return Response(content, media_type="application/json", headers=headers)
+
+
+def _is_unkept(run: Run, fields: ImageAsk) -> bool:
+    """Whether all was made and only the storage failed: who wanted the bytes gets them, for they exist."""
+    has_all = len(run.contents) == run.order.request.num_images
+    return run.job.error_code == "storage_failed" and has_all and fields.response_format != "url"
 
 
 def _let_go(service: Service, run: Run) -> None:
@@ -103,8 +118,9 @@ def _let_go(service: Service, run: Run) -> None:
         service.jobs.cancel(run, "client_left")
 
 
-async def _events(service: Service, run: Run, name: Name) -> AsyncIterator[Event]:
+async def _events(run: Run, fields: ImageAsk, name: Name) -> AsyncIterator[Event]:
     """Unfinished pictures, then the finished ones, as OpenAI's clients know them."""
+    told = set()
     with run.listening() as feed:
         async for news in feed:
             if news["type"] == "partial_image":
@@ -113,12 +129,19 @@ async def _events(service: Service, run: Run, name: Name) -> AsyncIterator[Event
                     index = {"partial_image_index": news["index"]}
                     yield _event(run, f"{name}.partial_image", {**index, "b64_json": content, "item": news["item"]})
             elif news["type"] == "kept":
-                item = news["item"]
-                seed = (run.job.seed or 0) + item
-                done = {"b64_json": run.contents[item], "usage": Usage().model_dump(), "item": item, "seed": seed}
-                yield _event(run, f"{name}.completed", done)
+                told.add(news["item"])
+                yield _completed(run, name, news["item"])
     if run.job.status == "failed":
-        raise failure_of(run.job)
+        if not _is_unkept(run, fields):
+            raise failure_of(run.job)
+        for item in sorted(run.contents.keys() - told):
+            yield _completed(run, name, item)
+
+
+def _completed(run: Run, name: Name, item: int) -> Event:
+    seed = (run.job.seed or 0) + item
+    done = {"b64_json": run.contents[item], "usage": Usage().model_dump(), "item": item, "seed": seed}
+    return _event(run, f"{name}.completed", done)
 
 
 def _event(run: Run, kind: str, more: dict[str, Any]) -> Event:

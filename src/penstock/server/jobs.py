@@ -17,17 +17,18 @@ import structlog
 
 from penstock.errors import EngineError, PenstockError
 from penstock.request import GenerationRequest, OutputKind
-from penstock.server.endings import FIELDS, WORDS, ending, fail_lost
+from penstock.server.endings import WORDS, ending, fail_lost
 from penstock.server.failures import STOPPING_RETRY_S, ApiError, of_failure, stopping
 from penstock.server.files import Files
 from penstock.server.job import UNFINISHED, Job
 from penstock.server.keeping import Keeping
+from penstock.server.recording import Recording
 from penstock.server.runs import Run
 from penstock.server.settings import ServeConfig
-from penstock.server.store import Store, StoreError
+from penstock.server.store import Store
 from penstock.server.threads import DATABASE, FILES, WAITING
 from penstock.server.upkeep import Upkeep
-from penstock.wire import Began, Ended, Failure, Made, Order, Step
+from penstock.wire import Began, Checked, Ended, Failure, Made, Order, Step
 
 if TYPE_CHECKING:
     from penstock.engine.engine import Engine
@@ -77,7 +78,7 @@ class Jobs:
         self.server = server
         self._log = structlog.get_logger()
         self._runs: dict[str, Run] = {}
-        self._unrecorded: dict[str, Job] = {}
+        self._recording = Recording(store, self._keeping)
         self._tasks: set[asyncio.Task[Any]] = set()
         self._num_stages = 1
         self._stopping: asyncio.Task[None] | None = None
@@ -105,7 +106,7 @@ class Jobs:
             raise
         if lost:
             self._log.warning("jobs of the former server have failed", num_jobs=lost)
-        self._spawn(self._upkeep.run(self._record_again))
+        self._spawn(self._upkeep.run(self._recording.end_all))
 
     def check_open(self) -> None:
         """Refuse new work where the server is about to leave.
@@ -130,25 +131,26 @@ class Jobs:
                 self._give_up(run, Failure(code="rank_died", message="no ranks run any more. Ask again later."))
         self.problem = problem
 
-    async def check(self, request: GenerationRequest) -> None:
-        """Ask the pipeline whether it takes a request, before it is accepted.
+    async def check(self, request: GenerationRequest) -> Checked:
+        """Ask the pipeline whether it takes a request, before it is accepted; what it would make.
 
         Raises:
             ApiError: 400 naming the field; 503 where nobody can be asked.
         """
         self.check_open()
         try:
-            failure = await asyncio.wait_for(asyncio.wrap_future(self._engine.check(request)), CHECK_S)
+            checked = await asyncio.wait_for(asyncio.wrap_future(self._engine.check(request)), CHECK_S)
         except TimeoutError:
             message = f"no rank answered within {CHECK_S:g} s whether it takes the request. Try again."
             raise ApiError(503, message, code="not_ready", retry_after_s=5) from None
-        if failure is not None:
-            raise of_failure(failure)
+        if checked.failure is not None:
+            raise of_failure(checked.failure)
+        return checked
 
     async def begin(
         self, job: Job, order: Order, *, wants_contents: bool = False, client: dict[str, Any] | None = None
     ) -> Run:
-        """Let a job wait for ranks, and record it; its folder exists.
+        """Let a job wait for ranks, and record it; its folder exists, and is the run's from here on where there is one.
 
         The engine is asked first: what its queue refuses leaves no record, and nothing is promised before there is one.
 
@@ -169,14 +171,25 @@ class Jobs:
         self._engine.submit(order, run.hear)
         self._runs[job.id] = run
         self._metrics.running.set(len(self._runs))
+        recording = self._spawn(self._record_and_follow(run))
         try:
-            await DATABASE.run(self._store.create, job)
-        except StoreError:
-            self.cancel(run, "deleted")
-            self._follow(run, is_recorded=False)
+            await asyncio.shield(recording)
+        except asyncio.CancelledError:  # whoever asked is gone: the run is recorded, followed, and ended all the same
+            recording.add_done_callback(lambda task: task.cancelled() or task.exception())
+            self.cancel(run, "client_left")
             raise
-        self._follow(run)
         return run
+
+    async def _record_and_follow(self, run: Run) -> None:
+        """A run that the engine has is followed to its end, whatever becomes of its record."""
+        is_recorded = False
+        try:
+            await DATABASE.run(self._store.create, run.job)
+            is_recorded = True
+        finally:
+            if not is_recorded:
+                self.cancel(run, "deleted")
+            self._follow(run, is_recorded=is_recorded)
 
     def run_of(self, job_id: str) -> Run | None:
         """The run of a job that this server is at."""
@@ -197,7 +210,7 @@ class Jobs:
         if job_id in self._runs:
             job = self._runs[job_id].job
         else:
-            job = self._unrecorded.get(job_id) or await DATABASE.run(self._store.get, job_id, owner)
+            job = self._recording.unrecorded.get(job_id) or await DATABASE.run(self._store.get, job_id, owner)
         if job is None or job.owner != owner or (kind is not None and job.kind != kind):
             message = f"there is no {kind or 'job'} {job_id[:80]!r}: it never was, has expired, or was deleted."
             raise ApiError(404, message, code="not_found", param="id")
@@ -219,17 +232,41 @@ class Jobs:
 
     def _now(self, job: Job) -> Job:
         run = self._runs.get(job.id)
-        return run.job if run else self._unrecorded.get(job.id, job)
+        return run.job if run else self._recording.unrecorded.get(job.id, job)
 
     def cancel(self, run: Run, reason: str) -> None:
         """End a run at its next step; `is_over` follows once all ranks have let go.
 
         Args:
             run: which.
-            reason: client_left, deleted or server_stopped.
+            reason: client_left, stopped, deleted or server_stopped.
         """
         run.cancel_reason = run.cancel_reason or reason
         self._engine.cancel(run.job.id)
+
+    async def end(self, job: Job, reason: str) -> Job:
+        """Cancel a job where it is unfinished, and wait until its ranks have let go; the job as it is then.
+
+        Args:
+            job: which.
+            reason: deleted, or stopped: then what is finished of it stays.
+
+        Raises:
+            ApiError: 409 for an unfinished job of another server; 503 where the ranks do not let go in time.
+        """
+        run = self._runs.get(job.id)
+        if run is not None:
+            self.cancel(run, reason)
+            try:
+                await asyncio.wait_for(run.is_over.wait(), DELETE_S)
+            except TimeoutError:
+                message = f"{job.id} is being cancelled, and its ranks are not at their next step yet. Try again."
+                raise ApiError(503, message, code="cancelling", retry_after_s=5) from None
+            return run.job
+        if job.id not in self._recording.unrecorded and job.status in UNFINISHED:
+            message = f"{job.id} is made by another server ({job.server}), which alone can cancel it. Ask that one."
+            raise ApiError(409, message, code="other_server")
+        return job
 
     async def delete(self, job: Job) -> None:
         """Cancel a job where it is unfinished, wait until its ranks have let go, then remove files and record.
@@ -239,21 +276,10 @@ class Jobs:
             StorageError: where a file cannot be removed; the record stays, so that it can be tried again.
             StoreError: where the database fails.
         """
-        run = self._runs.get(job.id)
-        if run is not None:
-            self.cancel(run, "deleted")
-            try:
-                await asyncio.wait_for(run.is_over.wait(), DELETE_S)
-            except TimeoutError:
-                message = f"{job.id} is being cancelled, and its ranks are not at their next step yet. Try again."
-                raise ApiError(503, message, code="cancelling", retry_after_s=5) from None
-            job = run.job
-        elif job.id not in self._unrecorded and job.status in UNFINISHED:
-            message = f"{job.id} is made by another server ({job.server}), which alone can cancel it. Ask that one."
-            raise ApiError(409, message, code="other_server")
+        job = await self.end(job, "deleted")
         await self._keeping.remove(job.files)
         await DATABASE.run(self._store.delete, job.id)
-        self._unrecorded.pop(job.id, None)
+        self._recording.unrecorded.pop(job.id, None)
 
     async def stop(self) -> None:
         """Take no more work, end what runs with a reason, close the engine; idempotent, and callers share the wait."""
@@ -273,7 +299,7 @@ class Jobs:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self._record_again()
+        await self._recording.end_all()
 
     async def _await_ends(self) -> None:
         waits = [asyncio.create_task(run.is_over.wait()) for run in self._runs.values()]
@@ -305,7 +331,7 @@ class Jobs:
     def _give_up(self, run: Run, failure: Failure) -> None:
         """End a run without its last event; the record follows later."""
         run.job = replace(run.job, **ending(run, failure, Ended(id=run.job.id), self._settings.ttl_s))
-        self._unrecorded[run.job.id] = run.job
+        self._recording.unrecorded[run.job.id] = run.job
         self._leave(run)
         self._spawn(self._clear(run))
 
@@ -334,13 +360,7 @@ class Jobs:
                 run.job = replace(run.job, **changes)
             if is_recorded and changes and ("status" in changes or time.monotonic() - noted_s > NOTE_S):
                 noted_s = time.monotonic()
-                self._spawn(self._note(run.job.id, changes))
-
-    async def _note(self, job_id: str, changes: dict[str, Any]) -> None:
-        try:
-            await DATABASE.run(lambda: self._store.update(job_id, **changes))
-        except StoreError as error:  # the end of the job is recorded again and again; this is not
-            self._log.warning("progress could not be recorded", job=job_id, error=str(error))
+                self._spawn(self._recording.note(run.job.id, changes))
 
     async def _end(self, run: Run, ended: Ended, is_recorded: bool) -> None:
         problems = [one for one in await asyncio.gather(*run.saving, return_exceptions=True) if one is not None]
@@ -349,40 +369,21 @@ class Jobs:
         failure = ended.failure
         if failure is None and problems:
             self._log.error("files could not be kept", job=run.job.id, exc_info=problems[0])
-            message = "it was made, and the storage did not take its files. Try again; the server's log says why."
+            message = "it was made, and the storage did not take its files. Ask again later; the server's log says why."
             failure = Failure(code="storage_failed", message=message)
         if failure is None and not is_recorded:
             failure = Failure(code="storage_failed", message="it could not be recorded, so it was given up. Try again.")
         if failure is None and len(run.made) != run.order.request.num_images:
             message = f"{len(run.made)} of {run.order.request.num_images} were made. Ask again; the log says more."
             failure = Failure(code="generation_failed", message=message)
-        if failure is not None:
-            await self._keeping.discard(run.kept)
         values = ending(run, failure, ended, self._settings.ttl_s)
         run.job = replace(run.job, **values)
+        await self._keeping.discard(file for file in run.kept if file not in run.job.files)
         self._num_stages = max(self._num_stages, run.num_stages)
-        recording = [self._record(run.job)] if is_recorded else []
+        recording = [self._recording.end(run.job)] if is_recorded else []
         await asyncio.gather(*recording, self._clear(run))
         self._tell_log(run, ended)
         self._leave(run)
-
-    async def _record(self, job: Job) -> None:
-        """Write how a job ended; where the database fails, again later: until then this server knows it by heart."""
-        values = {name: getattr(job, name) for name in FIELDS}
-        try:
-            recorded = await DATABASE.run(lambda: self._store.update(job.id, **values))
-            found = recorded or await DATABASE.run(self._store.get, job.id)
-        except StoreError as error:
-            self._log.error("the end of a job could not be recorded yet", job=job.id, error=str(error))
-            self._unrecorded[job.id] = job
-            return
-        self._unrecorded.pop(job.id, None)
-        if found is None or not found.files:  # it was ended or deleted elsewhere, and has no use for them
-            await self._keeping.discard(job.files)
-
-    async def _record_again(self) -> None:
-        for job in list(self._unrecorded.values()):
-            await self._record(job)
 
     def _leave(self, run: Run) -> None:
         self._runs.pop(run.job.id, None)

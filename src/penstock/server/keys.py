@@ -19,7 +19,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from penstock.errors import ConfigError
 from penstock.server.failures import ApiError
 
-_OPEN_PATHS = ("/", "/health", "/ready", "/favicon.ico")
+_OPEN_PATHS = ("/", "/live", "/health", "/ready", "/favicon.ico")
 _OPEN_FOLDERS = ("/page/", "/v1/files/")
 _SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 _LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")

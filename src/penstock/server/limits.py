@@ -49,6 +49,9 @@ class BodyLimit:
             return
         headers = Headers(scope=scope)
         announced = headers.get("content-length", "")
+        if announced and "transfer-encoding" in headers:
+            await _two_lengths().response()(scope, receive, send)
+            return
         body = _Body(receive, send, has_more=announced not in ("", "0") or "transfer-encoding" in headers)
         if announced.isdecimal() and int(announced[:20]) > self._num_bytes:
             await self._too_large().response()(scope, body.receive, body.send)
@@ -83,6 +86,12 @@ class BodyLimit:
     def _crowded(self) -> ApiError:
         message = f"bodies of {_AT_ONCE} x {self._text} are on their way already, the most at a time. Send it again."
         return ApiError(503, message, code="bodies_at_once", retry_after_s=_RETRY_S)
+
+
+def _two_lengths() -> ApiError:
+    """400 for a body whose end two headers tell, perhaps differently: so are requests smuggled past a proxy."""
+    message = "Content-Length and Transfer-Encoding are both given, and a body has one end. Send one of them."
+    return ApiError(400, message, code="malformed_http", headers={"connection": "close"})
 
 
 class _Body:

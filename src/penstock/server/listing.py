@@ -1,4 +1,4 @@
-"""Jobs of whichever kind over HTTP: listed, looked at, followed, deleted.
+"""Jobs of whichever kind over HTTP: listed, looked at, followed, cancelled, deleted.
 
 Owns the routes of `/v1/jobs`. Does not know how a job is made.
 """
@@ -59,6 +59,14 @@ async def delete(request: Request, job_id: str) -> Deleted:
     jobs = service_of(request).jobs
     await jobs.delete(await jobs.get(job_id, owner_of(request)))
     return Deleted(id=job_id, object="job.deleted")
+
+
+@router.post("/{job_id}/cancel", response_model=JobAnswer, responses=errors(404, 409, 503))
+async def cancel(request: Request, job_id: str) -> JobAnswer:
+    """Cancel a job where it is unfinished, and wait until its ranks have let go; what is finished of it stays."""
+    jobs = service_of(request).jobs
+    job = await jobs.end(await jobs.get(job_id, owner_of(request)), "stopped")
+    return job_answer(job, jobs, request)
 
 
 @router.get(

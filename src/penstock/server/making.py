@@ -14,7 +14,7 @@ from pathlib import Path
 from fastapi import Request
 
 from penstock.request import OutputKind
-from penstock.server.asks import Wanted, check_model, wanted
+from penstock.server.asks import Wanted, check_model, wanted, within_limits
 from penstock.server.bodies import Body
 from penstock.server.failures import ApiError, invalid
 from penstock.server.job import Job, new_id
@@ -33,9 +33,11 @@ def offered(service: Service, kind: OutputKind) -> Pipeline:
     """The pipeline, where it makes what an endpoint is for.
 
     Raises:
-        ApiError: 400 where it makes something else; 503 before it is ready, and when the server stops.
+        ApiError: 400 where it makes something else; 503 before it is ready, and when the server stops; 507 where what
+            it makes could not be kept.
     """
     service.jobs.check_open()
+    service.conditions.require()
     pipeline = service.pipeline()
     if pipeline.kind != kind:
         there = f"Ask {_ENDPOINTS[pipeline.kind]}." if pipeline.kind in _ENDPOINTS else "No endpoint here gives sound."
@@ -87,18 +89,19 @@ async def begin(
         StoreError: where it cannot be recorded.
     """
     service = service_of(request)
+    await service.conditions.look()
     pipeline = admit(request, kind)  # once more: the body may have taken its time
     job_id = new_id(kind)
     folder = service.spool / job_id
     async with AsyncExitStack() as stack:
         await FILES.run(lambda: folder.mkdir(parents=True))
-        stack.push_async_callback(FILES.run, lambda: shutil.rmtree(folder, ignore_errors=True))
+        stack.push_async_callback(_discard, service, job_id, folder)
         pictures = await pictures_of(body, service, pipeline, folder, taken)
         async with service.gate:
             fields = body.fields(ask)
             check_model(fields.model, service.names)
             want = wanted(fields, pipeline, service.settings, pictures)
-            await _check(service, fields, want)
+            want = await _checked(service, fields, want, taken)
             run = await service.jobs.begin(
                 _job(request, job_id, fields, want, kind=kind, remixed_from=remixed_from),
                 _order(request, job_id, want, folder),
@@ -110,15 +113,25 @@ async def begin(
     return run
 
 
-async def _check(service: Service, fields: Ask, want: Wanted) -> None:
+async def _discard(service: Service, job_id: str, folder: Path) -> None:
+    """Remove the folder of a run that never was; that of one is removed when its ranks have let go of it."""
+    if service.jobs.run_of(job_id) is None:
+        await FILES.run(lambda: shutil.rmtree(folder, ignore_errors=True))
+
+
+async def _checked(service: Service, fields: Ask, want: Wanted, taken: Taken) -> Wanted:
+    """Ask the pipeline, and hold what it would make against the limits, by the names of the client's own fields."""
     try:
-        await service.jobs.check(want.request)
+        return within_limits(want, await service.jobs.check(want.request), service.pipeline(), service.settings)
     except ApiError as error:
         names = {"num_images": "n", "frame_rate": "fps"}
+        names |= {argument: name for name, argument in taken.fields.items() if argument}
         if fields.size is not None:
             names |= {"width": "size", "height": "size"}
         if error.param in names:
-            error.param = names[error.param]
+            name = names[error.param]
+            error.message = error.message.replace(f"'{error.param}'", f"'{name}'")
+            error.param = name
         raise
 
 

@@ -6,7 +6,7 @@ Does not know jobs, routes or HTTP.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -54,8 +54,8 @@ class Metrics:
         self.requests = Counter(
             "penstock_http_requests", "Answers.", ["method", "route", "status"], registry=self.registry
         )
-        self.request_s = Histogram(
-            "penstock_http_request_seconds", "Seconds until an answer begins.", ["route"], registry=self.registry
+        self.request_s = _histogram(
+            "penstock_http_request_seconds", "Seconds until an answer begins.", self.registry, ["route"]
         )
         self.jobs = Counter("penstock_jobs", "Jobs that ended.", ["kind", "status"], registry=self.registry)
         self.failures = Counter("penstock_failures", "Failed jobs by reason.", ["reason"], registry=self.registry)
@@ -90,8 +90,8 @@ class Metrics:
         return generate_latest(self.registry)
 
 
-def _histogram(name: str, text: str, registry: CollectorRegistry) -> Histogram:
-    return Histogram(name, text, buckets=_BUCKETS_S, registry=registry)
+def _histogram(name: str, text: str, registry: CollectorRegistry, labels: Sequence[str] = ()) -> Histogram:
+    return Histogram(name, text, labels, buckets=_BUCKETS_S, registry=registry)
 
 
 class _OfEngine:

@@ -67,7 +67,7 @@ _BODIES: dict[str, tuple[type[BaseModel], tuple[str, ...], str | None]] = {
     "/v1/videos/{video_id}/remix": (RemixAsk, (), None),
 }
 """Route: the fields of its body, those that are files, and the one of these that must be there."""
-_OPEN = ("/health", "/ready", "/v1/files/{name}")
+_OPEN = ("/live", "/health", "/ready", "/v1/files/{name}")
 
 
 def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
@@ -191,19 +191,38 @@ def _body(
     if ask is RemixAsk:
         schema = {"$ref": _REFERENCE.format(model="RemixAsk")}
         return {"required": True, "content": {"application/json": {"schema": schema}}}
-    takes = (description or {}).get("parameters", {})
-    names = dict.fromkeys((*files, *(name for name, facts in takes.items() if facts.get("is_picture"))))
+    pictures = _pictures(files, description or {})
+    names = list(pictures)
     as_json, as_form = copy.deepcopy(schemas[ask.__name__]), _as_texts(schemas[ask.__name__])
     for name in names:
         as_json["properties"][name] = _video_reference() if name == "video" else _PICTURE
         as_form["properties"][name] = _FILE
-    if "image" in names:
+    if "image" in names and (description or {}).get("accepts_several_images", True):
         as_json["properties"]["image"] = {"anyOf": [_PICTURE, {"type": "array", "items": _PICTURE}]}
         as_form["properties"]["image[]"] = {"type": "array", "items": _FILE}
-    if required is not None:
-        as_json.setdefault("required", []).append(required)
+    wanted = [name for name, argument in pictures.items() if argument in (description or {}).get("needs_pictures", ())]
+    if required is not None and required not in wanted:
+        wanted.append(required)
+    if wanted:
+        as_json["required"] = [*as_json.get("required", ()), *wanted]
+        as_form["required"] = [*as_form.get("required", ()), *(name for name in wanted if name != "image")]
     content = {"application/json": {"schema": as_json}, "multipart/form-data": {"schema": as_form}}
     return {"required": True, "content": content}
+
+
+def _pictures(files: tuple[str, ...], description: dict[str, Any]) -> dict[str, str]:
+    """The fields of a body that hold pictures or a video, each once, and the pipeline's arguments that they are for."""
+    pictures = [name for name, facts in description.get("parameters", {}).items() if facts.get("is_picture")]
+    arguments = {"input_reference": "image", "mask": description.get("accepts_mask") or ""}
+    fields = {name: arguments.get(name, name) for name in files}
+    if description:
+        has_image = bool(description.get("accepts_image"))
+        fields = {
+            name: one
+            for name, one in fields.items()
+            if name == "video" or one in pictures or (one == "image" and has_image)
+        }
+    return {**fields, **{name: name for name in pictures if name not in fields.values()}}
 
 
 def _as_texts(schema: dict[str, Any]) -> dict[str, Any]:

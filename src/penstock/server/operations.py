@@ -27,15 +27,28 @@ if TYPE_CHECKING:
 
 _LIVE = ("idle", "busy")
 _RETRY = {"retry-after": "5"}
+_PROBLEMS = {
+    "storage_full": "there is no room for new files; the log says where",
+    "database_lost": "the database's file was removed or replaced; the log says which",
+}
 _OBJECT = {"application/json": {"schema": {"type": "object"}}}
 _TEXT = {"text/plain": {"schema": {"type": "string"}}}
+
+
+@router.get("/live", response_class=JSONResponse, responses={200: {"description": "It answers.", "content": _OBJECT}})
+async def live(request: Request) -> JSONResponse:
+    """Whether the server itself runs, whatever its ranks do: what does not answer here is to be started again."""
+    return JSONResponse({"live": True})
 
 
 @router.get(
     "/health",
     response_class=JSONResponse,
     responses={
-        200: {"description": "ok, or degraded where some groups of ranks are not live.", "content": _OBJECT},
+        200: {
+            "description": "ok, or degraded where some groups of ranks are not live, or new work cannot be kept.",
+            "content": _OBJECT,
+        },
         503: {"description": "No group of ranks is live.", "content": _OBJECT},
     },
 )
@@ -43,13 +56,17 @@ async def health(request: Request) -> JSONResponse:
     """Whether anything can be made, and what the ranks do."""
     service = service_of(request)
     status = service.engine.status()
+    problems = service.conditions.problems
     words = _health(status)
+    if words == "ok" and problems:
+        words = "degraded"
     body = {
         "status": words,
         "queue_depth": status.queue_depth,
         "max_queue": service.settings.max_queue,
         "jobs_unfinished": service.jobs.num_unfinished,
         "steps_per_s": status.steps_per_s,
+        "problems": [{"code": code, "message": _PROBLEMS[code]} for code in problems],
         "groups": [_shown(group) for group in status.groups],
     }
     is_up = words in ("ok", "degraded")
@@ -68,9 +85,10 @@ async def ready(request: Request) -> JSONResponse:
     """Whether new requests are taken."""
     service = service_of(request)
     live = any(group.state in _LIVE for group in service.engine.status().groups)
-    if live and not service.jobs.is_stopping:
+    problems = [_PROBLEMS[code] for code in service.conditions.problems]
+    if live and not service.jobs.is_stopping and not problems:
         return JSONResponse({"ready": True})
-    reason = "stopping" if service.jobs.is_stopping else "no group of ranks is ready"
+    reason = "stopping" if service.jobs.is_stopping else "; ".join(problems) or "no group of ranks is ready"
     return JSONResponse({"ready": False, "reason": reason}, 503, _RETRY)
 
 

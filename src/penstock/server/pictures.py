@@ -55,6 +55,8 @@ async def pictures_of(
     pictures: dict[str, tuple[str, ...]] = {}
     for name, sources in _sources(body, pipeline, taken).items():
         argument = taken.fields.get(name, name if name in pipeline.pictures else None)
+        if argument == "image" and taken.wants == "image" and not pipeline.accepts_image:
+            break  # which is said below, in words that help
         if argument is None or (argument == "image" and not pipeline.accepts_image):
             known = ", ".join(pipeline.pictures) or "none"
             message = f"{pipeline.name} takes no picture {name!r}. The pictures that it takes: {known}."

@@ -12,8 +12,8 @@ import platform
 import signal
 import socket
 import threading
-from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -166,6 +166,21 @@ class Server(uvicorn.Server):
         stopping = asyncio.create_task(self._jobs.stop())
         await asyncio.wait({stopping}, timeout=_GRACE_S)
         await super().shutdown(sockets)
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Inside, the signals that end a process end this one in order; a terminal's end does, unless it is ignored."""
+        hang_up = signal.SIGHUP
+        if threading.current_thread() is not threading.main_thread() or signal.getsignal(hang_up) is signal.SIG_IGN:
+            with super().capture_signals():
+                yield
+            return
+        before = signal.signal(hang_up, self.handle_exit)
+        try:
+            with super().capture_signals():
+                yield
+        finally:
+            signal.signal(hang_up, before)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """End in order at the first signal, at once at the second."""

@@ -69,7 +69,7 @@ class Run:
     Attributes:
         job: as it is now; the record may be a little behind.
         contents: base64 of finished items, where they are wanted.
-        cancel_reason: why it was cancelled: client_left, deleted or server_stopped; empty otherwise.
+        cancel_reason: why it was cancelled: client_left, stopped, deleted or server_stopped; empty otherwise.
         client: what the log says of who asked.
         is_over: set once the job has ended and is recorded.
     """

@@ -9,7 +9,16 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+)
 
 from penstock.request import MAX_FRAME_RATE, MAX_SEED
 
@@ -97,6 +106,9 @@ class ImageAsk(Ask):
     output_compression: int | None = Field(default=None, ge=0, le=100, description="Quality of jpeg and webp.")
     response_format: Literal["b64_json", "url"] | None = Field(default=None, description="b64_json where left out.")
     stream: bool | None = Field(default=None, description="Answer with server-sent events.")
+    detach: bool | None = Field(
+        default=None, description="Answer 202 with the job at once; it goes on when the client leaves."
+    )
     partial_images: int | None = Field(default=None, ge=0, le=MOST_PARTIALS, description="Unfinished pictures of each.")
 
 
@@ -191,6 +203,10 @@ class ImageItem(BaseModel):
     url: str | None = None
     seed: int | None = Field(default=None, description="That makes this very picture again.")
 
+    @model_serializer(mode="wrap")
+    def _of_what_is_there(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {name: value for name, value in serialize(self).items() if value is not None}
+
 
 class ImagesAnswer(BaseModel):
     """Pictures."""
@@ -199,6 +215,7 @@ class ImagesAnswer(BaseModel):
     data: list[ImageItem]
     size: str
     output_format: Literal["png", "jpeg", "webp"]
+    quality: None = Field(default=None, description="Pictures here have no levels of quality.")
     background: Literal["opaque"] = "opaque"
     usage: Usage = Usage()
     job_id: str

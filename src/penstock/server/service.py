@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from fastapi import Request
 
 from penstock.errors import NotReadyError
+from penstock.server.conditions import Conditions
 from penstock.server.files import Files
 from penstock.server.jobs import Jobs
 from penstock.server.metrics import Metrics
@@ -37,6 +38,7 @@ class Service:
         files: where it is kept.
         media: fetches pictures that are named by URL.
         metrics: counted.
+        conditions: whether new work can be kept.
         spool: folder for files on their way.
         names: of the model; the first is the one that is listed.
         options: how the model is loaded and spread, as it was asked for; plain values.
@@ -50,6 +52,7 @@ class Service:
     files: Files
     media: RemoteMedia
     metrics: Metrics
+    conditions: Conditions
     spool: Path
     names: list[str]
     options: dict[str, Any]

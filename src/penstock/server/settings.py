@@ -60,6 +60,9 @@ class ServeConfig:
         },
     )
     max_storage: str = option("20GiB", "Most bytes of files kept; the oldest finished jobs go first.", "BYTES")
+    min_free_space: str = option(
+        "256MiB", "Least bytes free where files go; with less no work is taken. 0 does not look.", "BYTES"
+    )
     ttl_s: int = option(24 * 3600, "Seconds that files and records of finished jobs are kept.", "SECONDS")
     server_name: str = option("penstock", "Name of this server among those that share a database.", "NAME")
     lora_dir: str | None = option(None, "Folder of adapters (NAME.safetensors) that requests may name.", "FOLDER")
@@ -100,7 +103,7 @@ class ServeConfig:
         for name in ("start_timeout_s", "step_timeout_s", "rank_timeout_s"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name}={getattr(self, name)} is no time. Give seconds above 0.")
-        for name in ("max_upload", "max_storage"):
+        for name in ("max_upload", "max_storage", "min_free_space"):
             parse_bytes(getattr(self, name), name)
         if not self.upload_bytes:
             raise ConfigError(f"max_upload={self.max_upload!r} lets no request in. Give a number above 0, as 64MiB.")
@@ -138,6 +141,11 @@ class ServeConfig:
     def storage_bytes(self) -> int:
         """`max_storage` in bytes."""
         return parse_bytes(self.max_storage, "max_storage")
+
+    @property
+    def least_free_bytes(self) -> int:
+        """`min_free_space` in bytes."""
+        return parse_bytes(self.min_free_space, "min_free_space")
 
 
 def _check_network(address: str) -> None:

@@ -11,6 +11,7 @@ import secrets
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, fields
+from pathlib import Path
 from typing import Any, Literal
 
 import sqlalchemy as sa
@@ -220,6 +221,11 @@ class Store:
             return False
         now_s = time.monotonic()
         return now_s - self._missed_s.setdefault(name, now_s) >= self._database.grace_s
+
+    @property
+    def file(self) -> Path | None:
+        """See `Database.file`."""
+        return self._database.file
 
     def hold_name(self) -> bool:
         """See `Database.renew`."""

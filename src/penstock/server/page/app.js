@@ -8,7 +8,7 @@ import * as machine from "./machine.js";
 import { Run, UNFINISHED } from "./run.js";
 import * as view from "./view.js";
 
-const AT_ONCE = 2; // browsers keep few connections to a server, and each run has two
+const AT_ONCE = 4; // that are followed: browsers keep few connections to a server
 
 const runs = []; // on their way, the newest last
 let model = null;
@@ -32,8 +32,8 @@ async function follow(run) {
   const before = () => runs.slice(0, runs.indexOf(run)).filter((one) => !one.isOver);
   const ended = (one) => new Promise((resolve) => one.abort.signal.addEventListener("abort", resolve));
   runs.push(run);
+  run.ask().catch(() => {}); // at once, so that it is made whatever becomes of this page; going on tells what failed
   while (before().length >= AT_ONCE && !run.abort.signal.aborted) {
-    run.ahead = before().length;
     onChange(run);
     await Promise.race([...before(), run].map(ended));
   }
@@ -77,6 +77,11 @@ function refused(run) {
 
 function gone(run) {
   announce("Cancelled.");
+  if (run.job?.files.length) {
+    gallery.put(run.job, pick);
+    if (shown === run) pick(run.id);
+    return;
+  }
   if (run.id) gallery.remove(run.id);
   if (shown === run) leave();
 }

@@ -49,18 +49,21 @@ function field(name, { kind, schema = {}, placeholder = "", hint = "" }) {
   return el("div", { class: `field ${kind}` }, el("label", { for: node.id }, titleOf(name)), node, under, error);
 }
 
-const shown = (value) => (value == null ? "not set" : typeof value === "object" ? JSON.stringify(value) : String(value));
+const shown = (value) => (value == null ? "none" : typeof value === "object" ? JSON.stringify(value) : String(value));
 
 /** The fields that a pipeline has, with what happens where they are left empty. */
 function described(model) {
   const all = new Map();
   const size = (value) => ({ kind: "integer", schema: { multipleOf: model.size_multiple }, placeholder: shown(value) });
-  if (model.default_width) all.set("width", size(model.default_width)).set("height", size(model.default_height));
+  for (const side of ["width", "height"]) {
+    if (model.parameters[side]) all.set(side, size(model[`default_${side}`] ?? "as the picture"));
+  }
   for (const [name, about] of Object.entries(model.parameters)) {
     const isSayable = Object.keys(about.type).length || about.default != null; // what is neither, JSON cannot hold
     if (about.is_picture || !isSayable || OWN.includes(name) || all.has(name) || name === "prompt") continue;
     const kind = name === "negative_prompt" ? "long" : kindOf(about.type, about.default);
-    const placeholder = about.is_required ? "needed" : shown(model.defaults[name] ?? about.default);
+    const own = model[`default_${name === model.frames_argument ? "num_frames" : name}`];
+    const placeholder = about.is_required ? "needed" : shown(model.defaults[name] ?? own ?? about.default);
     all.set(name, { kind, schema: about.type, placeholder });
   }
   if (model.default_frame_rate) all.set("fps", { kind: "number", placeholder: shown(model.default_frame_rate) });

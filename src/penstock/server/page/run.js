@@ -1,4 +1,4 @@
-// One request on its way: asked, followed step by step, cancelled.
+// One request on its way: asked, followed step by step, cancelled. It is a job of the server, and goes on without the page.
 
 import { ApiError, call, events, get } from "./api.js";
 
@@ -20,7 +20,7 @@ export class Run {
   static of(job, onChange) {
     const run = new Run(job.kind, { ...job.arguments, prompt: job.prompt }, onChange);
     run.begunMs -= Date.now() - 1000 * job.created_at;
-    return Object.assign(run, { id: job.id, job });
+    return Object.assign(run, { id: job.id, job, asking: Promise.resolve() });
   }
 
   get isOver() {
@@ -48,28 +48,30 @@ export class Run {
     this.onChange(this);
   }
 
-  /** Ask, or where that is done, follow; then look at the job. Returns what went wrong, if anything. */
+  /** Ask where that is not done, and follow; then look at the job. Returns what went wrong, if anything. */
   async #attempt() {
     let error = null;
     try {
-      if (this.id) await this.#follow();
-      else if (this.kind === "image") await this.#makePictures();
-      else await this.#makeVideo();
+      await this.ask();
+      await this.#follow();
     } catch (caught) {
       if (caught.name !== "AbortError" && !(caught instanceof ApiError)) throw caught;
       error = caught;
     }
-    if (this.id) this.job = await get(`v1/jobs/${this.id}`).catch(() => null); // it was deleted, or nobody answers
+    if (this.id) this.job = this.ended ?? await get(`v1/jobs/${this.id}`).catch(() => null); // it was deleted, or nobody answers
     return error;
   }
 
+  /** End it; what is finished of it stays, and becomes its job. */
   async cancel() {
     if (this.isOver || this.state === "cancelling") return;
     const before = this.state;
     this.state = "cancelling";
     this.onChange(this);
     try {
-      if (this.id) await call(`v1/jobs/${this.id}`, { method: "DELETE" });
+      await this.asking?.catch(() => {}); // what it is called is not known before
+      if (this.id) this.ended = await get(`v1/jobs/${this.id}/cancel`, { method: "POST" });
+      if (this.ended && !this.ended.files.length) await call(`v1/jobs/${this.id}`, { method: "DELETE" });
     } catch (error) {
       if (!(error instanceof ApiError)) throw error;
       if (error.status !== 404) return this.#goOn(before, error); // 404: somebody else was faster
@@ -85,24 +87,18 @@ export class Run {
     this.complaint = null;
   }
 
-  /** The pictures' own stream lives as long as somebody wants them; how far they are is told by their job's. */
-  async #makePictures() {
-    const body = bodyOf({ ...this.asked, stream: true, partial_images: PARTIALS }, "image");
-    const path = this.asked.image ? "v1/images/edits" : "v1/images/generations";
-    const answer = await call(path, { method: "POST", body, signal: this.abort.signal });
-    this.id = answer.headers.get("x-penstock-job-id");
-    const following = this.#follow().catch(() => {}); // what goes wrong, the other one says too
-    for await (const { name, data } of events(answer)) {
-      if (name.endsWith(".partial_image")) this.#setPartial(data);
-    }
-    await following;
+  /** Ask for it; returns once the server has it. Called again, it is asked for once. */
+  ask() {
+    return (this.asking ??= this.#ask());
   }
 
-  async #makeVideo() {
-    const body = bodyOf(this.asked, "input_reference");
-    const job = await get("v1/videos", { method: "POST", body, signal: this.abort.signal });
+  async #ask() {
+    const isImage = this.kind === "image";
+    const path = !isImage ? "v1/videos" : this.asked.image ? "v1/images/edits" : "v1/images/generations";
+    const fields = isImage ? { ...this.asked, detach: true, partial_images: PARTIALS } : this.asked;
+    const job = await get(path, { method: "POST", body: bodyOf(fields, isImage ? "image" : "input_reference") });
     this.id = job.id;
-    await this.#follow();
+    this.onChange(this);
   }
 
   async #follow() {
