@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -37,6 +37,7 @@ from penstock.models.components import discover
 from penstock.models.quiet import quiet_libraries
 from penstock.models.sizes import call_parameters
 from penstock.models.stacks import find_stacks
+from penstock.profile import Role
 from penstock.request import GenerationRequest
 
 _FACTOR = 10.0  # times the plain run's difference from one that rounds otherwise, which is one draw of many
@@ -133,7 +134,7 @@ def verify(
         request: what to generate; a seed of None counts as 0, so that a verification can be repeated.
         tolerance: largest relative difference that passes, such as 1e-4; 0 asks for bit equality. Left out, 0 on one
             rank; on several that make sums in another order it is measured: 10 times (in 16 bits, 3 times) how far a
-            plain run is from itself when each layer of the denoiser rounds the other way.
+            plain run is from itself when each layer of what is split rounds the other way.
         reference_dtype: dtype of the plain run; None takes that of the configuration.
         control: also run with one damaged weight, which must not pass.
         parallel: how the work is split; each rank makes the plain picture as well, and compares its own with it. With
@@ -271,10 +272,14 @@ def _reference(
     pipeline = _plain(prepared, dtype)
     recording = record(pipeline, arguments, seed)
     parallel = prepared.parallel
-    reorders = parallel.cfg_parallel_size * parallel.sequence_size * parallel.tensor_parallel_size > 1
-    if tolerance is not None or not reorders:  # pictures, stages, shards and tiles change no order
+    roles: set[Role] = set()  # whose sums are made in another order; pictures, stages, shards and tiles change none
+    if parallel.cfg_parallel_size * parallel.sequence_size * parallel.tensor_parallel_size > 1:
+        roles.add("denoiser")
+    if parallel.vae_patch_parallel_size > 1 and parallel.vae_parallel_mode == "patch":
+        roles.add("vae")
+    if tolerance is not None or not roles:
         return recording, tolerance or 0.0
-    with rounded_otherwise(pipeline):
+    with rounded_otherwise(pipeline, roles):
         moved = _worst(compare(recording, record(pipeline, arguments, seed)), prepared.mesh["world"])
     return recording, allowed(moved, dtype)
 
@@ -287,8 +292,8 @@ def allowed(moved: tuple[Difference, ...], dtype: torch.dtype) -> float:
 
 
 @contextmanager
-def rounded_otherwise(pipeline: Any) -> Iterator[None]:
-    """Move what each layer of the denoisers returns by a unit in its last place inside, up or down at random.
+def rounded_otherwise(pipeline: Any, roles: Collection[Role] = ("denoiser",)) -> Iterator[None]:
+    """Move what each layer of some components returns by a unit in its last place inside, up or down at random.
 
     A sum in another order does about that to a layer; how much of it reaches the picture depends on the model. The
     draws have a seed of their own. Source: Monte Carlo arithmetic (Parker, 1997).
@@ -303,7 +308,7 @@ def rounded_otherwise(pipeline: Any) -> Iterator[None]:
         ups = torch.empty_like(output).bernoulli_(0.5, generator=generators[output.device])
         return torch.addcmul(output, output, ups.mul_(2).sub_(1), value=0.6 * torch.finfo(output.dtype).eps)
 
-    parts = [component.module for component in discover(pipeline).by_role("denoiser")]
+    parts = [component.module for component in discover(pipeline).components if component.role in roles]
     layers = [
         layer for part in parts for layer in part.modules() if next(layer.parameters(recurse=False), None) is not None
     ]
@@ -331,7 +336,7 @@ def _plain(prepared: Prepared, dtype: torch.dtype) -> Any:
             variant=config.variant,
             trust_remote_code=config.trust_remote_code,
         )
-    if prepared.parallel.vae_patch_parallel_size > 1:
+    if prepared.parallel.vae_patch_parallel_size > 1 and prepared.parallel.vae_parallel_mode == "tile":
         vaes: list[Any] = [component.module for component in discover(pipeline).by_role("vae")]
         for vae in vaes:
             if hasattr(vae, "enable_tiling"):
