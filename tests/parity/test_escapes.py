@@ -59,7 +59,7 @@ def test_gradients_through_streamed_weights_are_an_error_and_not_wrong(flux: Any
     latents = torch.randn(1, 4, flux.transformer.config.in_channels, requires_grad=True)
     with penstock.apply(flux, offload="layerwise"):
         loss = denoise(flux, latents).pow(2).sum()
-        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        with pytest.raises(UsageError, match="backward needs the weights of .*offload='none'"):
             loss.backward()
 
 

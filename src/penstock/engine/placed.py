@@ -141,7 +141,7 @@ class Placed:
         return Report(
             plan=self.plan,
             units=units,
-            notes=(*self._notes, *self._sharing.notes()),
+            notes=(*self._notes, *self._sharing.notes(), *streamer.notes()),
             read_bytes=streamer.reader.read_bytes,
             moved_bytes=streamer.transfer.moved_bytes,
             saved_bytes=streamer.saved_bytes,

@@ -97,6 +97,12 @@ def _refusal(owner: Any, name: str) -> Callable[..., Any]:
 
 def _move(owner: Any, name: str, *, device: torch.device) -> Callable[..., Any]:
     def move(*args: Any, **kwargs: Any) -> Any:
+        formats = [given for given in (*args, *kwargs.values()) if isinstance(given, torch.memory_format)]
+        if any(given is not torch.preserve_format for given in formats):
+            raise ConfigError(
+                f"{type(owner).__name__}.{name}: penstock streams weights in the memory format they have, and would "
+                f"ignore {formats[0]}. Call remove() first, convert the module, then apply again: it is kept."
+            )
         named = {"to": device, "cuda": torch.device("cuda"), "cpu": torch.device("cpu")}.get(name)
         wanted = next((given for given in map(_device, (*args, *kwargs.values())) if given), named)
         if _changes_dtype(owner, args, kwargs):
