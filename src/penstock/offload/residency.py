@@ -225,6 +225,20 @@ class Residency:
             self._is_stale = True
             raise UsageError(_WRITTEN)
 
+    def settle(self) -> bool:
+        """Put the weights where the modules look, and have those come anew that somebody changed in place.
+
+        Returns:
+            Whether somebody did.
+        """
+        with self._lock:
+            was_written = self._was_written()
+            self._is_stale = self._is_stale or was_written
+            self._version = self.arena.tensor._version
+            for tenant in self.tenants:
+                tenant.bind(is_live=tenant.state in (State.READY, State.IN_USE))
+            return was_written
+
     def _was_written(self) -> bool:
         """Whether somebody changed a weight in place; torch counts writes to a storage. Not told on accelerators."""
         return not self._transfer.is_seen_by_torch and self.arena.tensor._version != self._version

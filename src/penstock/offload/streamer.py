@@ -238,6 +238,10 @@ class Streamer:
         """What others have put in the place of weights since they were placed."""
         return self._inventory.notes() if self._inventory is not None else ()
 
+    def settle(self) -> bool:
+        """Put the weights where the modules look (`Residency.settle`); whether somebody changed one in place."""
+        return self.residency.settle()
+
     @property
     def num_fills(self) -> int:
         """Fills so far."""
@@ -323,10 +327,10 @@ def _move_fixed(partition: Partition, device: torch.device, undoing: Undo) -> No
 
     def undo() -> None:
         for weight in partition.fixed:
-            current = weight.table.get(weight.key)
-            if current is not None and current is moved.get(id(weight.original)):
+            there = moved.get(id(weight.original), weight.original)
+            if there is not weight.original and weight.table.get(weight.key) is there:
                 restored = weight.restored(casts)
-                hand_over(current, restored)
+                hand_over(there, restored)
                 weight.table[weight.key] = restored
 
     undoing.add(undo)
@@ -336,6 +340,6 @@ def _move_fixed(partition: Partition, device: torch.device, undoing: Undo) -> No
             continue
         if id(tensor) not in moved:
             with torch.inference_mode(False), torch.no_grad():
-                there = tensor.detach().to(device=device, dtype=weight.dtype)
-            moved[id(tensor)] = made_like(tensor, there)
+                memory = tensor.detach().to(device=device, dtype=weight.dtype)
+            moved[id(tensor)] = made_like(tensor, memory)
         weight.table[weight.key] = moved[id(tensor)]
