@@ -225,6 +225,21 @@ def test_copies_of_what_is_placed_are_refused(flux: Any) -> None:
     assert is_equal(made(flux), made(copy.deepcopy(flux)))
 
 
+def test_a_shallow_copy_is_another_pipeline_of_the_same_modules(flux: Any) -> None:
+    plain = made(flux)
+    with penstock.apply(flux, offload="layerwise", prompt_cache="1MiB"):
+        other = copy.copy(flux)
+        assert type(other) is type(flux) and other.transformer is flux.transformer
+        assert penstock.placed_on(flux) is not None and "encode_prompt" not in vars(other)
+        for _ in range(2):
+            assert is_equal(plain, made(other)) and is_equal(plain, made(flux))
+        for attempt in (copy.deepcopy, pickle.dumps):
+            with pytest.raises(ConfigError, match="remove"):
+                attempt(other)
+    assert vars(other).keys() == vars(flux).keys()
+    assert is_equal(plain, made(other.to("cpu")))
+
+
 def test_what_is_no_pipeline_is_refused(flux: Any) -> None:
     for thing in (None, "demo", flux.transformer, type(flux)):
         with pytest.raises(NotAPipelineError):

@@ -6,16 +6,14 @@ it, and the promise of bytes does not cover it, which the report notes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-import torch
 from torch import nn
 
 from penstock.bytesize import format_bytes
 from penstock.errors import UsageError
-from penstock.offload.tenants import Tenant
-from penstock.offload.units import Partition, Weight, adapter_tensors
+from penstock.offload.tenants import Placements, Tenant
+from penstock.offload.units import Partition, adapter_tensors
 
 _MOVED = (
     "{name} was given other memory while penstock has it placed (by .data, or by to, half or parametrize on a module "
@@ -28,63 +26,37 @@ _TWICE = (
 )
 
 
-class Placements:
-    """Which tensors stand for which weights, and where.
-
-    Args:
-        tenants: units whose stand-ins were made.
-    """
-
-    def __init__(self, tenants: Iterable[Tenant]) -> None:
-        self._weights: dict[int, tuple[torch.Tensor, list[Weight]]] = {}  # a tensor that is kept keeps its id
-        for tenant in tenants:
-            for weight, cold, live in zip(tenant.unit.weights, tenant.cold, tenant.live, strict=False):
-                for tensor in (cold, live):
-                    self._weights.setdefault(id(tensor), (tensor, []))[1].append(weight)
-
-    def weight_of(self, tensor: Any) -> Weight | None:
-        """The weight that a tensor stands for."""
-        found = self._weights.get(id(tensor))
-        return found[1][0] if found is not None else None
-
-    def elsewhere(self, modules: Iterable[nn.Module]) -> Iterator[tuple[dict[str, Any], str, Weight]]:
-        """Where stand-ins are used, in modules and inside them, and no weight was found when they were placed.
-
-        Yields:
-            The table of a module, the key in it, and the weight.
-        """
-        for inner in {id(inner): inner for module in modules for inner in module.modules()}.values():
-            for table in (inner._parameters, inner._buffers):
-                for key, tensor in table.items():
-                    _, weights = self._weights.get(id(tensor), (None, []))
-                    if weights and not any(weight.table is table and weight.key == key for weight in weights):
-                        yield table, key, weights[0]
-
-
-def require_untouched(tenants: Sequence[Tenant], module: nn.Module) -> None:
-    """Refuse to run with weights whose memory somebody has exchanged, or which are used in a second place.
+def require_untouched(tenants: Sequence[Tenant]) -> None:
+    """Refuse to run with weights whose memory somebody has exchanged.
 
     Args:
         tenants: the units of a component.
-        module: the component.
 
     Raises:
         UsageError: naming the weight.
 
-    Cost: a look at each weight; one at each of the component's modules where a weight was replaced.
+    Cost: a look at each weight.
     """
-    is_replaced = False
     for tenant in tenants:
-        for weight, cold, live, address in zip(
-            tenant.unit.weights, tenant.cold, tenant.live, tenant.addresses, strict=True
-        ):
+        for number, (live, address) in enumerate(zip(tenant.live, tenant.addresses, strict=True)):
             if live.data_ptr() != address:
-                raise UsageError(_MOVED.format(name=weight.name))
-            current = weight.table.get(weight.key)
-            is_replaced = is_replaced or not (current is live or current is cold)
-    if is_replaced:
-        for _, _, weight in Placements(tenants).elsewhere([module]):
-            raise UsageError(_TWICE.format(name=weight.name))
+                raise UsageError(_MOVED.format(name=tenant.unit.weights[number].name))
+
+
+def require_one_place(placements: Placements, module: nn.Module) -> None:
+    """Refuse to run with a weight that somebody has put into a second place since it was placed.
+
+    Args:
+        placements: of all units of a pipeline.
+        module: a component.
+
+    Raises:
+        UsageError: naming the weight.
+
+    Cost: a look at each module inside the component.
+    """
+    for _, _, weight in placements.elsewhere([module]):
+        raise UsageError(_TWICE.format(name=weight.name))
 
 
 class Inventory:
@@ -92,12 +64,12 @@ class Inventory:
 
     Args:
         partition: their weights; the stand-ins are in place.
-        tenants: the units.
+        placements: of all units.
     """
 
-    def __init__(self, partition: Partition, tenants: Sequence[Tenant]) -> None:
+    def __init__(self, partition: Partition, placements: Placements) -> None:
         self._partition = partition
-        self._placed = Placements(tenants)
+        self._placed = placements
         self._known = {id(found): found for part in partition.components for found in part.module.parameters()}
 
     def notes(self) -> tuple[str, ...]:

@@ -24,7 +24,7 @@ from penstock.errors import GenerationError, PenstockError, UsageError
 from penstock.offload.calls import is_in_call, is_running
 from penstock.offload.gradients import is_in_backward, refuse_backward
 from penstock.offload.likeness import hand_over
-from penstock.offload.tenants import State, Tenant
+from penstock.offload.tenants import Placements, State, Tenant
 from penstock.offload.transfer import Ticket, Transfer
 from penstock.offload.units import Weight
 from penstock.timeline import Timeline
@@ -54,6 +54,7 @@ class Residency:
         num_demanded: of these, fills that nobody had asked for ahead of use.
         last_filled: the last of these, the oldest first; as many as can be under way.
         peak_bytes: the most bytes that units took at once.
+        placements: where their weights are, from `install` on.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class Residency:
         self._owner = threading.get_ident()
         self._depth = 0  # components that run, one inside the other
         self._casts: dict[int, torch.Tensor] = {}
+        self.placements = Placements(())
         for tenant in self.tenants:
             tenant.rivals = tuple(
                 other for other in self.tenants if other is not tenant and other.plan.overlaps(tenant.plan)
@@ -134,6 +136,7 @@ class Residency:
         for tenant in self.tenants:
             for weight, cold in zip(tenant.unit.weights, tenant.cold, strict=True):
                 weight.table[weight.key] = cold
+        self.placements = Placements(self.tenants)
 
     def remove(self) -> None:
         """Put the weights back as they were found; fills in progress are given up."""

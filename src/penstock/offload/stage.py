@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from penstock.offload.changes import require_untouched
+from penstock.offload.changes import require_one_place, require_untouched
 from penstock.offload.clock import StepClock
 from penstock.offload.compiled import compile_inside
 from penstock.offload.convoy import Convoy
@@ -115,11 +115,13 @@ class Stage:
         """The component runs: ask for its units in the order in which they will be needed."""
         self._residency.begin_run()
         self._residency.require_unwritten()
-        require_untouched(self._tenants, self._module)
         if self._convoy.begin(self):
             self.schedule.begin()
         if self._clock is not None and not self._convoy.is_going:
             self._clock.tick()
+        require_untouched(self._tenants)
+        if self._clock is None or self._clock.is_first:
+            require_one_place(self._residency.placements, self._module)
         due: list[Tenant] = []
         for tenant in self.schedule.upcoming(self._ahead, wraps=False):
             if not any(nearer in tenant.rivals for nearer in due):

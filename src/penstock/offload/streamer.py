@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from penstock.offload.changes import Inventory, Placements
+from penstock.offload.changes import Inventory
 from penstock.offload.clock import StepClock
 from penstock.offload.convoy import Convoy
 from penstock.offload.cuda import CudaTransfer
@@ -293,8 +293,8 @@ class Streamer:
             self._undo.add(stage.remove)
             stage.install()
         modules = [part.module for part in self._partition.components]
-        self._inventory = Inventory(self._partition, self.tenants)
-        self._undo.add(whole_states(self._partition, Placements(self.tenants).weight_of))
+        self._inventory = Inventory(self._partition, self.residency.placements)
+        self._undo.add(whole_states(self._partition, self.residency.placements.weight_of))
         self._undo.add(guard(self._pipeline, modules, self.arena.tensor.device))
         if self._settings.sharers is not None:
             let_go(self.residency, self._undo, self._proof)
@@ -302,7 +302,7 @@ class Streamer:
     def _restore(self) -> None:
         """Put the weights back as they were found, also where somebody else uses them."""
         modules = [part.module for part in self._partition.components]
-        others = list(Placements(self.tenants).elsewhere(modules))
+        others = list(self.residency.placements.elsewhere(modules))
         self.residency.remove()
         for table, key, weight in others:
             table[key] = self.residency.restored(weight)

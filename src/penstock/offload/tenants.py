@@ -6,15 +6,17 @@ Owns the stand-ins and the views of a unit. Does not know when the unit comes or
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
+from torch import nn
 
 from penstock.offload.cold import ColdTensor
 from penstock.offload.likeness import made_like
 from penstock.offload.transfer import Ticket
-from penstock.offload.units import Unit
+from penstock.offload.units import Unit, Weight
 from penstock.plan import UnitPlan
 from penstock.weights.layout import Layout
 from penstock.weights.memory import Arena
@@ -91,3 +93,36 @@ class Tenant:
             current = weight.table.get(weight.key)
             if current is cold or current is live:
                 weight.table[weight.key] = live if is_live else cold
+
+
+class Placements:
+    """Which tensors stand for which weights, and where.
+
+    Args:
+        tenants: units whose stand-ins were made.
+    """
+
+    def __init__(self, tenants: Iterable[Tenant]) -> None:
+        self._weights: dict[int, tuple[torch.Tensor, list[Weight]]] = {}  # a tensor that is kept keeps its id
+        for tenant in tenants:
+            for weight, cold, live in zip(tenant.unit.weights, tenant.cold, tenant.live, strict=False):
+                for tensor in (cold, live):
+                    self._weights.setdefault(id(tensor), (tensor, []))[1].append(weight)
+
+    def weight_of(self, tensor: Any) -> Weight | None:
+        """The weight that a tensor stands for."""
+        found = self._weights.get(id(tensor))
+        return found[1][0] if found is not None else None
+
+    def elsewhere(self, modules: Iterable[nn.Module]) -> Iterator[tuple[dict[str, Any], str, Weight]]:
+        """Where stand-ins are used, in modules and inside them, and no weight was found when they were placed.
+
+        Yields:
+            The table of a module, the key in it, and the weight.
+        """
+        for inner in {id(inner): inner for module in modules for inner in module.modules()}.values():
+            for table in (inner._parameters, inner._buffers):
+                for key, tensor in table.items():
+                    _, weights = self._weights.get(id(tensor), (None, []))
+                    if weights and not any(weight.table is table and weight.key == key for weight in weights):
+                        yield table, key, weights[0]
