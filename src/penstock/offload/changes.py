@@ -6,12 +6,14 @@ it, and the promise of bytes does not cover it, which the report notes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
+import torch
 from torch import nn
 
 from penstock.bytesize import format_bytes
 from penstock.errors import UsageError
+from penstock.offload.cold import ColdTensor
 from penstock.offload.tenants import Placements, Tenant
 from penstock.offload.units import Partition, adapter_tensors
 
@@ -43,12 +45,13 @@ def require_untouched(tenants: Sequence[Tenant]) -> None:
                 raise UsageError(_MOVED.format(name=tenant.unit.weights[number].name))
 
 
-def require_one_place(placements: Placements, module: nn.Module) -> None:
+def require_one_place(placements: Placements, module: nn.Module, arena: torch.Tensor) -> None:
     """Refuse to run with a weight that somebody has put into a second place since it was placed.
 
     Args:
         placements: of all units of a pipeline.
         module: a component.
+        arena: the units' memory.
 
     Raises:
         UsageError: naming the weight.
@@ -57,6 +60,28 @@ def require_one_place(placements: Placements, module: nn.Module) -> None:
     """
     for _, _, weight in placements.elsewhere([module]):
         raise UsageError(_TWICE.format(name=weight.name))
+    for name in strays(placements, module, arena):
+        raise UsageError(_TWICE.format(name=f"the memory of {type(module).__name__}.{name}"))
+
+
+def strays(placements: Placements, module: nn.Module, arena: torch.Tensor) -> Iterator[str]:
+    """The parameters that somebody has made of the memory of placed weights, as `weight_norm` does.
+
+    Args:
+        placements: of all units of a pipeline.
+        module: a component.
+        arena: the units' memory.
+
+    Yields:
+        Their names.
+    """
+    place = arena.untyped_storage().data_ptr()
+    for name, found in module.named_parameters():
+        if placements.weight_of(found) is None and (
+            isinstance(found, ColdTensor)
+            or (type(found) is nn.Parameter and found.untyped_storage().data_ptr() == place)
+        ):
+            yield name
 
 
 class Inventory:

@@ -133,10 +133,10 @@ class Residency:
         device = self.arena.tensor.device
         for tenant in self.tenants:  # all of them first: making one may fail
             tenant.make_cold(device, self.fetch)
+        self.placements = Placements(self.tenants)
         for tenant in self.tenants:
             for weight, cold in zip(tenant.unit.weights, tenant.cold, strict=True):
                 weight.table[weight.key] = cold
-        self.placements = Placements(self.tenants)
 
     def remove(self) -> None:
         """Put the weights back as they were found; fills in progress are given up."""

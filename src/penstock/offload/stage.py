@@ -121,7 +121,7 @@ class Stage:
             self._clock.tick()
         require_untouched(self._tenants)
         if self._clock is None or self._clock.is_first:
-            require_one_place(self._residency.placements, self._module)
+            require_one_place(self._residency.placements, self._module, self._residency.arena.tensor)
         due: list[Tenant] = []
         for tenant in self.schedule.upcoming(self._ahead, wraps=False):
             if not any(nearer in tenant.rivals for nearer in due):

@@ -5,6 +5,7 @@ Owns what `install` does and `remove` undoes. Does not know how a plan is found.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 
-from penstock.offload.changes import Inventory
+from penstock.offload.changes import Inventory, strays
 from penstock.offload.clock import StepClock
 from penstock.offload.convoy import Convoy
 from penstock.offload.cuda import CudaTransfer
@@ -37,6 +38,11 @@ from penstock.weights.ranges import ALIGNMENT_BYTES, PAGE_BYTES
 from penstock.weights.reader import FileReader
 from penstock.weights.shards import Cut, ShardSource, Sharers, cut, padded
 from penstock.weights.sources import Source, source_of
+
+_STRAY = (
+    "{name} was made of the memory of a weight while penstock had it placed, and may hold another weight's values by "
+    "now. Load the model again, and change it before it is placed."
+)
 
 
 def layout_of(unit: Unit, device: torch.device, num_sharers: int = 1) -> Layout:
@@ -303,6 +309,9 @@ class Streamer:
         """Put the weights back as they were found, also where somebody else uses them."""
         modules = [part.module for part in self._partition.components]
         others = list(self.residency.placements.elsewhere(modules))
+        for module in modules:
+            for name in strays(self.residency.placements, module, self.arena.tensor):
+                warnings.warn(_STRAY.format(name=f"{type(module).__name__}.{name}"), UserWarning, stacklevel=2)
         self.residency.remove()
         for table, key, weight in others:
             table[key] = self.residency.restored(weight)
