@@ -56,7 +56,8 @@ def matrix() -> nn.Parameter:
         (lambda w: isinstance(w, nn.Parameter), True),
         (lambda w: hash(w) == id(w), True),
         (lambda w: repr(w), "ColdTensor(shape=(3, 4), dtype=torch.float32, device='cpu')"),
-        (lambda w: w.detach() is w and w.requires_grad_(False) is w, True),
+        (lambda w: w.requires_grad_(False) is w and not w.requires_grad, True),
+        (lambda w: type(w.detach()) is type(w.data) is ColdTensor, True),
     ],
 )
 def test_describing_fetches_nothing(store: Store, describe: Callable[[Any], Any], expected: Any) -> None:

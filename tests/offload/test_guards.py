@@ -83,6 +83,24 @@ def test_what_changes_nothing_is_let_through(ask: Callable[[Any], Any]) -> None:
     assert ask(module) is module
 
 
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda m: m.to(memory_format=torch.channels_last),
+        lambda m: m.to("cpu", memory_format=torch.channels_last),
+        lambda m: m.to(CPU, torch.float32, False, torch.channels_last_3d),
+        lambda m: m.to(memory_format=torch.contiguous_format),
+    ],
+)
+def test_a_memory_format_is_refused_and_not_ignored(ask: Callable[[Any], Any]) -> None:
+    _, module, undo = guarded()
+    with pytest.raises(ConfigError, match=r"memory format.*Call remove\(\) first, convert"):
+        ask(module)
+    assert module.to("cpu", memory_format=torch.preserve_format) is module
+    undo()
+    module.to(memory_format=torch.channels_last)
+
+
 def test_eval_means_it() -> None:
     _, module, _ = guarded()
     assert module.training and not module.eval().training and not module.layers[0].training

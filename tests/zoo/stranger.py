@@ -34,7 +34,9 @@ class Layer(nn.Module):
     def forward(self, tokens: torch.Tensor, words: torch.Tensor, *, shift: torch.Tensor) -> torch.Tensor:
         """Returns the tokens after this layer; `shift` is added before it."""
         inner = self.norm(tokens + shift)
-        query = self.query(inner).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        columns = torch.cat([inner, inner.flip(1)]).transpose(1, 2).contiguous()  # as pixels of an autoencoder lie
+        there, back = self.query(columns.transpose(1, 2)).chunk(2)
+        query = ((there + back.flip(1)) / 2).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         pairs = self.key_value(torch.cat([inner, words], dim=1)).unflatten(-1, (2, self.heads, -1))
         key, value = pairs.permute(2, 0, 3, 1, 4)
         mixed = functional.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
@@ -123,7 +125,7 @@ ENTRIES = (
         "stranger",
         _stranger,
         "image",
-        "unknown classes; two stacks in a list of lists; 3 heads; buffers saved, unsaved, integer and empty",
+        "unknown classes; two stacks in a list of lists; 3 heads; strided; buffers saved, unsaved, integer and empty",
         prompt="a red fox under the moon",
         num_inference_steps=2,
         height=9,

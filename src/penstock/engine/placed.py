@@ -31,7 +31,9 @@ from penstock.engine.traffic import counted, traffic_since
 from penstock.errors import ConfigError, NotAPipelineError, PenstockError
 from penstock.machine import Machine
 from penstock.models.components import discover
+from penstock.offload.guards import let_copy
 from penstock.offload.prompts import PromptCache
+from penstock.offload.rollback import whole_loads
 from penstock.offload.streamer import Settings, Streamer, common_bytes
 from penstock.offload.units import Locate
 from penstock.report import Report, UnitReport
@@ -98,10 +100,11 @@ class Placed:
 
     def install(self) -> None:
         """Do to the pipeline what was planned."""
-        pipeline, device = self.pipeline, torch.device(self.plan.device)
+        pipeline, device, before = self.pipeline, torch.device(self.plan.device), dict(vars(self.pipeline))
+        before.pop(_HANDLE, None)
+        components = [component.module for component in discover(pipeline).components]
         if self._streamer is not None or self.mesh["world"].size > 1:
-            modules = [module for component in discover(pipeline).components for module in component.module.modules()]
-            _OWNERS.update((module, ref(self)) for module in modules)
+            _OWNERS.update((module, ref(self)) for component in components for module in component.modules())
         if self._streamer is not None:
             self._streamer.install()
         else:
@@ -111,6 +114,10 @@ class Placed:
         self._prompts.install()
         self._split.work.add(self._sharing.install().run)
         self._split.work.add(split_work(pipeline, self.mesh, self._meeting, self.tell).run)
+        settle = self._streamer.settle if self._streamer is not None else bool
+        self._split.work.add(whole_loads(pipeline, components, settle).run)
+        if self.mesh["world"].size == 1 and (self._streamer is None or not self._streamer.shares_blocks):
+            self._split.work.add(let_copy(pipeline, before))
         self._split.work.add(self._meeting.hold)  # first of all, when it is removed
 
     def tell(self, note: str) -> None:
@@ -142,7 +149,7 @@ class Placed:
         return Report(
             plan=self.plan,
             units=units,
-            notes=(*self._notes, *self._sharing.notes()),
+            notes=(*self._notes, *self._sharing.notes(), *streamer.notes()),
             read_bytes=streamer.reader.read_bytes,
             moved_bytes=streamer.transfer.moved_bytes,
             saved_bytes=streamer.saved_bytes,

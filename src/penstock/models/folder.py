@@ -23,6 +23,7 @@ BUILT_IN = ("demo", "demo-video")
 _NAMES = ", ".join(map(repr, BUILT_IN))
 _INDEX = "model_index.json"
 _NOTES = "penstock.json"
+_WEIGHT_FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -143,6 +144,14 @@ def _locate(model: str, config: SourceConfig) -> Path:
         return _built_in(model)
     if path.is_dir():
         return path.resolve()
+    if path.suffix in _WEIGHT_FILES and path.is_file():
+        raise NotAPipelineError(
+            f"{model} is one file of weights, and penstock loads folders that diffusers' save_pretrained wrote. Make a "
+            f"pipeline of it with the class that it belongs to, such as diffusers' "
+            f"StableDiffusionXLPipeline.from_single_file({model!r}); then give it to penstock.apply, or save it with "
+            "save_pretrained(FOLDER) and load the folder. An adapter (LoRA) is loaded onto a pipeline: "
+            "pipe.load_lora_weights."
+        )
     if path.is_file():
         raise NotAPipelineError(f"{model} is a file. Give the folder that diffusers' save_pretrained wrote.")
     if _HUB_ID.fullmatch(model) and not model.startswith("."):

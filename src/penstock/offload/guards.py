@@ -5,7 +5,7 @@ The methods are replaced on the very objects, and put back by `remove`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -97,6 +97,12 @@ def _refusal(owner: Any, name: str) -> Callable[..., Any]:
 
 def _move(owner: Any, name: str, *, device: torch.device) -> Callable[..., Any]:
     def move(*args: Any, **kwargs: Any) -> Any:
+        formats = [given for given in (*args, *kwargs.values()) if isinstance(given, torch.memory_format)]
+        if any(given is not torch.preserve_format for given in formats):
+            raise ConfigError(
+                f"{type(owner).__name__}.{name}: penstock streams weights in the memory format they have, and would "
+                f"ignore {formats[0]}. Call remove() first, convert the module, then apply again: it is kept."
+            )
         named = {"to": device, "cuda": torch.device("cuda"), "cpu": torch.device("cpu")}.get(name)
         wanted = next((given for given in map(_device, (*args, *kwargs.values())) if given), named)
         if _changes_dtype(owner, args, kwargs):
@@ -135,3 +141,31 @@ def _device(value: Any) -> torch.device | None:
 
 def _is_same(wanted: torch.device, device: torch.device) -> bool:
     return wanted.type == device.type and (wanted.index or 0) == (device.index or 0)
+
+
+def let_copy(pipeline: Any, before: Mapping[str, Any]) -> Callable[[], None]:
+    """Let `copy.copy` make another pipeline of the same modules: without what placing has put on this one.
+
+    Its modules stay placed, and refuse to be pickled or copied as before.
+
+    Args:
+        pipeline: that is placed.
+        before: its attributes before that.
+
+    Returns:
+        A function that takes this away again.
+    """
+    ours = {name for name, value in vars(pipeline).items() if before.get(name, vars) is not value} | {"__reduce_ex__"}
+
+    def make(owner: Any, _: str) -> Callable[..., Any]:
+        def shallow(protocol: Any) -> Any:
+            kind: Any = type(owner)
+            reduced = list(kind.__reduce_ex__(owner, protocol))
+            if len(reduced) > 2 and isinstance(reduced[2], dict):
+                own = {name: value for name, value in before.items() if name in ours}
+                reduced[2] = {name: value for name, value in reduced[2].items() if name not in ours} | own
+            return tuple(reduced)
+
+        return shallow
+
+    return _replace(pipeline, "__reduce_ex__", make)

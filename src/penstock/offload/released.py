@@ -11,7 +11,8 @@ from functools import partial
 
 import torch
 
-from penstock.offload.residency import Residency, Tenant
+from penstock.offload.residency import Residency
+from penstock.offload.tenants import Tenant
 from penstock.offload.units import Unit, Weight
 from penstock.undo import Undo
 from penstock.weights.maps import give_back

@@ -9,7 +9,6 @@ are stand-ins that fetch it. Nothing is copied back: weights do not change.
 
 from __future__ import annotations
 
-import enum
 import os
 import threading
 import time
@@ -18,72 +17,25 @@ import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 
 import torch
 
 from penstock.errors import GenerationError, PenstockError, UsageError
 from penstock.offload.calls import is_in_call, is_running
-from penstock.offload.cold import ColdTensor
+from penstock.offload.gradients import is_in_backward, refuse_backward
+from penstock.offload.likeness import hand_over
+from penstock.offload.tenants import Placements, State, Tenant
 from penstock.offload.transfer import Ticket, Transfer
-from penstock.offload.units import Unit
-from penstock.plan import UnitPlan
+from penstock.offload.units import Weight
 from penstock.timeline import Timeline
-from penstock.weights.layout import Layout
 from penstock.weights.memory import Arena
 from penstock.weights.proof import Proof
-from penstock.weights.sources import Source
 
 _WRITTEN = (
     "a weight that penstock streams was changed in place while it was on the device; the change is lost when its unit "
     "comes again. Call remove() on what penstock.apply returned, change the weights, and apply again."
 )
 _LIVING: weakref.WeakSet[Residency] = weakref.WeakSet()  # those to be told of a fork
-
-
-class State(enum.Enum):
-    """Where a unit's weights are."""
-
-    COLD = "cold"
-    FILLING = "filling"
-    READY = "ready"
-    IN_USE = "in use"
-
-
-class Tenant:
-    """A unit and its place in the arena; only `Residency` changes it."""
-
-    def __init__(self, unit: Unit, plan: UnitPlan, layout: Layout, source: Source) -> None:
-        self.unit = unit
-        self.plan = plan
-        self.layout = layout
-        self.source = source
-        self.state = State.COLD
-        self.ticket: Ticket | None = None
-        self.rivals: tuple[Tenant, ...] = ()
-        self.cold: list[ColdTensor] = []
-        self.live: list[torch.Tensor] = []
-
-    @property
-    def name(self) -> str:
-        """The unit's name."""
-        return self.unit.name
-
-    def make_live(self, arena: Arena) -> None:
-        """Make the weights' views of the arena, once; their addresses never change."""
-        memory = arena.tensor[self.plan.begin : self.plan.end]
-        with torch.inference_mode(False), torch.no_grad():
-            for weight in self.unit.weights:
-                view = weight.view(memory, self.layout.positions[weight.piece])
-                is_parameter = isinstance(weight.original, torch.nn.Parameter)
-                self.live.append(torch.nn.Parameter(view, requires_grad=False) if is_parameter else view)
-
-    def bind(self, is_live: bool) -> None:
-        """Put the views, or the stand-ins, where the modules look; what somebody else put there is left alone."""
-        for weight, cold, live in zip(self.unit.weights, self.cold, self.live, strict=True):
-            current = weight.table.get(weight.key)
-            if current is cold or current is live:
-                weight.table[weight.key] = live if is_live else cold
 
 
 class Residency:
@@ -102,6 +54,7 @@ class Residency:
         num_demanded: of these, fills that nobody had asked for ahead of use.
         last_filled: the last of these, the oldest first; as many as can be under way.
         peak_bytes: the most bytes that units took at once.
+        placements: where their weights are, from `install` on.
     """
 
     def __init__(
@@ -129,6 +82,7 @@ class Residency:
         self._owner = threading.get_ident()
         self._depth = 0  # components that run, one inside the other
         self._casts: dict[int, torch.Tensor] = {}
+        self.placements = Placements(())
         for tenant in self.tenants:
             tenant.rivals = tuple(
                 other for other in self.tenants if other is not tenant and other.plan.overlaps(tenant.plan)
@@ -178,10 +132,8 @@ class Residency:
         """Put stand-ins in the place of all weights; nothing is moved yet."""
         device = self.arena.tensor.device
         for tenant in self.tenants:  # all of them first: making one may fail
-            tenant.cold = [
-                ColdTensor.of(weight.original, device, weight.dtype, partial(self.fetch, tenant, number), tenant)
-                for number, weight in enumerate(tenant.unit.weights)
-            ]
+            tenant.make_cold(device, self.fetch)
+        self.placements = Placements(self.tenants)
         for tenant in self.tenants:
             for weight, cold in zip(tenant.unit.weights, tenant.cold, strict=True):
                 weight.table[weight.key] = cold
@@ -194,13 +146,19 @@ class Residency:
                     self._transfer.cancel(tenant.ticket)
                     tenant.ticket = None
                 for weight, cold, live in zip(tenant.unit.weights, tenant.cold, tenant.live, strict=False):
-                    cold.fetch = partial(weight.original.to, weight.dtype)  # for those who hold on to it
+                    restored = self.restored(weight)
+                    hand_over(live, restored)
+                    cold.release(restored)  # for those who hold on to it
                     current = weight.table.get(weight.key)
                     if current is cold or current is live:
-                        weight.table[weight.key] = weight.restored(self._casts)
+                        weight.table[weight.key] = restored
                 tenant.state = State.COLD
         if self._was_written():
             warnings.warn(_WRITTEN, UserWarning, stacklevel=2)
+
+    def restored(self, weight: Weight) -> torch.Tensor:
+        """What is left in the place of a weight in the end, once it was removed."""
+        return weight.restored(self._casts)
 
     def enter(self, tenant: Tenant, is_demanded: bool = False) -> bool:
         """Begin to fill a unit where that disturbs nobody; what compute needs at once disturbs more.
@@ -214,6 +172,8 @@ class Residency:
         """
         if tenant.state is not State.COLD and not (self._is_torn or self._is_stale):
             return True
+        if is_in_backward() and not is_demanded:
+            return False
         with self._operation():
             has_room = self._has_room(tenant, is_demanded)
             if has_room:
@@ -268,6 +228,20 @@ class Residency:
             self._is_stale = True
             raise UsageError(_WRITTEN)
 
+    def settle(self) -> bool:
+        """Put the weights where the modules look, and have those come anew that somebody changed in place.
+
+        Returns:
+            Whether somebody did.
+        """
+        with self._lock:
+            was_written = self._was_written()
+            self._is_stale = self._is_stale or was_written
+            self._version = self.arena.tensor._version
+            for tenant in self.tenants:
+                tenant.bind(is_live=tenant.state in (State.READY, State.IN_USE))
+            return was_written
+
     def _was_written(self) -> bool:
         """Whether somebody changed a weight in place; torch counts writes to a storage. Not told on accelerators."""
         return not self._transfer.is_seen_by_torch and self.arena.tensor._version != self._version
@@ -292,6 +266,8 @@ class Residency:
     def _fill(self, tenant: Tenant, is_demanded: bool) -> None:
         if tenant.state is not State.COLD:
             return
+        if is_in_backward():
+            refuse_backward(tenant.name)
         for rival in tenant.rivals:
             self._give_up(rival)
         tenant.source.check()
@@ -382,6 +358,7 @@ class Residency:
             self._transfer.cancel(tenant.ticket)
             tenant.ticket = None
         tenant.bind(is_live=False)
+        tenant.num_left += 1
         tenant.state = State.COLD
         self._held_bytes -= tenant.plan.num_bytes
         if self._proof is not None:

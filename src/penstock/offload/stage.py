@@ -14,11 +14,14 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from penstock.offload.changes import require_one_place, require_untouched
 from penstock.offload.clock import StepClock
 from penstock.offload.compiled import compile_inside
 from penstock.offload.convoy import Convoy
-from penstock.offload.residency import Residency, State, Tenant
+from penstock.offload.gradients import watch_backward
+from penstock.offload.residency import Residency
 from penstock.offload.schedule import Schedule
+from penstock.offload.tenants import State, Tenant
 from penstock.timeline import Timeline
 from penstock.undo import Undo
 from penstock.weights.shards import written_bytes
@@ -116,6 +119,9 @@ class Stage:
             self.schedule.begin()
         if self._clock is not None and not self._convoy.is_going:
             self._clock.tick()
+        require_untouched(self._tenants)
+        if self._clock is None or self._clock.is_first:
+            require_one_place(self._residency.placements, self._module, self._residency.arena.tensor)
         due: list[Tenant] = []
         for tenant in self.schedule.upcoming(self._ahead, wraps=False):
             if not any(nearer in tenant.rivals for nearer in due):
@@ -130,6 +136,7 @@ class Stage:
 
     def _end(self, module: nn.Module, args: Any, output: Any) -> Any:
         self._residency.end_run()
+        watch_backward([tenant for tenant in self._tenants if not tenant.unit.is_block], args, output)
         if self._convoy.end(self):
             self.schedule.end()
         if self._timeline is not None and not any(tenant.unit.is_block for tenant in self._tenants):
@@ -146,8 +153,9 @@ class Stage:
         self._ask(self._ahead - 1)
         self._begun_s = time.perf_counter()
 
-    def _leave(self, tenant: Tenant, *_: Any) -> None:
+    def _leave(self, tenant: Tenant, _: nn.Module, args: Any, output: Any) -> None:
         """A streamed block has run: its slot is the next one's, unless other calls have come to the same block."""
+        watch_backward([tenant], args, output)
         self.compute_s += time.perf_counter() - self._begun_s
         self._note(tenant)
         if not self._convoy.leave(tenant):
@@ -163,7 +171,8 @@ class Stage:
         if self._timeline is not None:
             self._begun_s = time.perf_counter()
 
-    def _part(self, tenant: Tenant, *_: Any) -> None:
+    def _part(self, tenant: Tenant, _: nn.Module, args: Any, output: Any) -> None:
+        watch_backward([tenant], args, output)
         self._note(tenant)
 
     def _ask(self, count: int) -> None:

@@ -15,8 +15,12 @@ from penstock.errors import UsageError
 from penstock.offload.units import ComponentUnits, Partition, Weight
 
 
-def whole_states(partition: Partition) -> Callable[[], None]:
+def whole_states(partition: Partition, weight_of: Callable[[Any], Weight | None]) -> Callable[[], None]:
     """Hook the `state_dict` of all components.
+
+    Args:
+        partition: their weights.
+        weight_of: the weight that a tensor stands for, None for somebody else's.
 
     Returns:
         A function that takes the hooks away.
@@ -26,7 +30,7 @@ def whole_states(partition: Partition) -> Callable[[], None]:
         weights = [weight for unit in _units_of(part, partition) for weight in unit.weights]
         shown: list[tuple[Weight, Any]] = []
         module: Any = part.module
-        handles.append(module.register_state_dict_pre_hook(_Show(weights, shown)))
+        handles.append(module.register_state_dict_pre_hook(_Show(weights, shown, weight_of)))
         handles.append(module.register_state_dict_post_hook(_Hide(shown)))
 
     def remove() -> None:
@@ -43,9 +47,12 @@ def _units_of(part: ComponentUnits, partition: Partition) -> list[Any]:
 class _Show:
     """Before: put the stored weights where `state_dict` looks, in the dtype they have on the device."""
 
-    def __init__(self, weights: list[Weight], shown: list[tuple[Weight, Any]]) -> None:
+    def __init__(
+        self, weights: list[Weight], shown: list[tuple[Weight, Any]], weight_of: Callable[[Any], Weight | None]
+    ) -> None:
         self._weights = weights
         self._shown = shown
+        self._weight_of = weight_of
 
     def __call__(self, module: nn.Module, prefix: str, keep_vars: bool) -> None:
         gone = next((weight for weight in self._weights if not weight.original.numel()), None)
@@ -56,13 +63,11 @@ class _Show:
             )
         casts: dict[int, torch.Tensor] = {}  # tied weights stay tied
         for weight in self._weights:
-            self._shown.append((weight, weight.table.get(weight.key)))
-            stored = weight.original
-            if stored.dtype != weight.dtype:
-                if id(stored) not in casts:
-                    casts[id(stored)] = nn.Parameter(stored.detach().to(weight.dtype), requires_grad=False)
-                stored = casts[id(stored)]
-            weight.table[weight.key] = stored
+            current = weight.table.get(weight.key)
+            if self._weight_of(current) is None:  # somebody else has put it there, and it is there
+                continue
+            self._shown.append((weight, current))
+            weight.table[weight.key] = weight.restored(casts)
 
 
 class _Hide:

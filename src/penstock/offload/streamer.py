@@ -5,6 +5,7 @@ Owns what `install` does and `remove` undoes. Does not know how a plan is found.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -12,15 +13,18 @@ from typing import Any
 
 import torch
 
+from penstock.offload.changes import Inventory, strays
 from penstock.offload.clock import StepClock
 from penstock.offload.convoy import Convoy
 from penstock.offload.cuda import CudaTransfer
 from penstock.offload.gather import GatherTransfer
 from penstock.offload.guards import guard
+from penstock.offload.likeness import hand_over, made_like
 from penstock.offload.released import is_in_memory, let_go
-from penstock.offload.residency import Residency, State, Tenant
+from penstock.offload.residency import Residency
 from penstock.offload.stage import Stage
 from penstock.offload.states import whole_states
+from penstock.offload.tenants import State, Tenant
 from penstock.offload.transfer import HostTransfer, Transfer
 from penstock.offload.units import Partition, Unit
 from penstock.plan import Plan
@@ -34,6 +38,11 @@ from penstock.weights.ranges import ALIGNMENT_BYTES, PAGE_BYTES
 from penstock.weights.reader import FileReader
 from penstock.weights.shards import Cut, ShardSource, Sharers, cut, padded
 from penstock.weights.sources import Source, source_of
+
+_STRAY = (
+    "{name} was made of the memory of a weight while penstock had it placed, and may hold another weight's values by "
+    "now. Load the model again, and change it before it is placed."
+)
 
 
 def layout_of(unit: Unit, device: torch.device, num_sharers: int = 1) -> Layout:
@@ -129,6 +138,7 @@ class Streamer:
         self.convoy = Convoy()
         self._stages = self._make_stages({id(tenant.unit): tenant for tenant in tenants})
         self._undo = Undo()
+        self._inventory: Inventory | None = None
 
     def _tenants(self, partition: Partition, device: torch.device) -> list[Tenant]:
         sharers = self._settings.sharers
@@ -230,6 +240,14 @@ class Streamer:
         """A call of a component was put off, to be made by the convoy: it is one of the step that runs now."""
         self._stages[component].announce()
 
+    def notes(self) -> tuple[str, ...]:
+        """What others have put in the place of weights since they were placed."""
+        return self._inventory.notes() if self._inventory is not None else ()
+
+    def settle(self) -> bool:
+        """Put the weights where the modules look (`Residency.settle`); whether somebody changed one in place."""
+        return self.residency.settle()
+
     @property
     def num_fills(self) -> int:
         """Fills so far."""
@@ -274,17 +292,29 @@ class Streamer:
             self._undo.add(self.store.close)  # after the copies from it are over
         self._undo.add(self.reader.close)
         self._undo.add(self.transfer.close)
-        self._undo.add(self.residency.remove)
+        self._undo.add(self._restore)
         self.residency.install()
         _move_fixed(self._partition, self.arena.tensor.device, self._undo)
         for stage in self._stages.values():
             self._undo.add(stage.remove)
             stage.install()
         modules = [part.module for part in self._partition.components]
-        self._undo.add(whole_states(self._partition))
+        self._inventory = Inventory(self._partition, self.residency.placements)
+        self._undo.add(whole_states(self._partition, self.residency.placements.weight_of))
         self._undo.add(guard(self._pipeline, modules, self.arena.tensor.device))
         if self._settings.sharers is not None:
             let_go(self.residency, self._undo, self._proof)
+
+    def _restore(self) -> None:
+        """Put the weights back as they were found, also where somebody else uses them."""
+        modules = [part.module for part in self._partition.components]
+        others = list(self.residency.placements.elsewhere(modules))
+        for module in modules:
+            for name in strays(self.residency.placements, module, self.arena.tensor):
+                warnings.warn(_STRAY.format(name=f"{type(module).__name__}.{name}"), UserWarning, stacklevel=2)
+        self.residency.remove()
+        for table, key, weight in others:
+            table[key] = self.residency.restored(weight)
 
     def remove(self) -> None:
         """Undo `install`, in the opposite order; the pipeline is as it was."""
@@ -306,8 +336,11 @@ def _move_fixed(partition: Partition, device: torch.device, undoing: Undo) -> No
 
     def undo() -> None:
         for weight in partition.fixed:
-            if weight.table.get(weight.key) is moved.get(id(weight.original), weight):
-                weight.table[weight.key] = weight.restored(casts)
+            there = moved.get(id(weight.original), weight.original)
+            if there is not weight.original and weight.table.get(weight.key) is there:
+                restored = weight.restored(casts)
+                hand_over(there, restored)
+                weight.table[weight.key] = restored
 
     undoing.add(undo)
     for weight in partition.fixed:
@@ -316,7 +349,6 @@ def _move_fixed(partition: Partition, device: torch.device, undoing: Undo) -> No
             continue
         if id(tensor) not in moved:
             with torch.inference_mode(False), torch.no_grad():
-                there = tensor.detach().to(device=device, dtype=weight.dtype)
-                is_parameter = isinstance(tensor, torch.nn.Parameter)
-                moved[id(tensor)] = torch.nn.Parameter(there, requires_grad=False) if is_parameter else there
+                memory = tensor.detach().to(device=device, dtype=weight.dtype)
+            moved[id(tensor)] = made_like(tensor, memory)
         weight.table[weight.key] = moved[id(tensor)]

@@ -16,6 +16,7 @@ from torch import nn
 from penstock.errors import ConfigError
 from penstock.models.components import Component
 from penstock.models.stacks import find_stacks
+from penstock.offload.likeness import made_like
 from penstock.profile import Role
 from penstock.weights.ranges import Cast, HostRange, Piece, Range, Unread, memory_of
 
@@ -65,8 +66,7 @@ class Weight:
         if id(original) not in casts:
             with torch.inference_mode(False), torch.no_grad():
                 cast = original.detach().to(self.dtype)
-            is_parameter = isinstance(original, nn.Parameter)
-            casts[id(original)] = nn.Parameter(cast, requires_grad=original.requires_grad) if is_parameter else cast
+            casts[id(original)] = made_like(original, cast)
         return casts[id(original)]
 
     def view(self, memory: torch.Tensor, position: int) -> torch.Tensor:
@@ -171,7 +171,7 @@ def take_apart(
     order = {component.name: number for number, component in enumerate(components)}
     parts.sort(key=lambda part: order[part.name])
     _require_plain(weight for part in parts for unit in part.units for weight in unit.weights)
-    fixed = _set_apart_fixed(parts, locate, _adapter_tensors(components))
+    fixed = _set_apart_fixed(parts, locate, adapter_tensors(component.module for component in components))
     shared = _set_apart_shared(parts)
     partition = Partition(parts, shared, fixed)
     for unit in partition.units:
@@ -257,11 +257,11 @@ def _set_apart_fixed(parts: Sequence[ComponentUnits], locate: Locate, adapters: 
     return fixed
 
 
-def _adapter_tensors(components: Sequence[Component]) -> set[int]:
-    """The tensors of adapters, which peft exchanges in place at any time: they stay on the device."""
+def adapter_tensors(modules: Iterable[nn.Module]) -> set[int]:
+    """The ids of tensors of adapters, which peft exchanges in place at any time: they stay on the device."""
     found: set[int] = set()
-    for component in components:
-        for module in component.module.modules():
+    for outer in modules:
+        for module in outer.modules():
             names = (*getattr(module, "adapter_layer_names", ()), *getattr(module, "other_param_names", ()))
             for adapter in (getattr(module, name, None) for name in names):
                 if isinstance(adapter, nn.Module):
