@@ -226,10 +226,9 @@ class GatherTransfer:
     def _exchange(self, fill: _Fill) -> Any:
         source = fill.source
         whole = self._own.place(fill.begin, source.num_bytes)
-        if fill.own is None:
-            part = source.own.memory  # type: ignore[attr-defined]  # of a StoredSource
-        else:
-            part = self._own.place(fill.begin + source.begin, source.part_bytes)
+        part = self._own.place(fill.begin + source.begin, source.part_bytes)
+        if fill.own is None and isinstance(source.own, StoredSource):
+            part = source.own.memory
         if source.sharers.rank == 0:
             _stamp(part).fill_(fill.number)
         work = source.sharers.all_gather_into(whole, part, is_async=self._own.device.type == "cpu")
