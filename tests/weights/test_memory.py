@@ -87,7 +87,7 @@ class Driver:
         self.devices: list[torch.device | None] = []
         monkeypatch.setattr(memory, "_driver", lambda: self)
         monkeypatch.setattr(memory, "_runtime", lambda: self)
-        monkeypatch.setattr(memory, "_current", self.current)
+        monkeypatch.setattr(memory, "on_device", self.current)
 
     @contextmanager
     def current(self, device: torch.device | None) -> Iterator[None]:

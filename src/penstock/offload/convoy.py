@@ -214,4 +214,5 @@ def _surroundings() -> Hashable:
         bindings._len_torch_function_stack(),
         bindings._len_torch_dispatch_stack(),
         bindings._is_torch_function_enabled(),
+        torch.cuda.current_stream() if torch.cuda.is_initialized() else None,  # the calls may have taken others
     )

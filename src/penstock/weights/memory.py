@@ -64,7 +64,7 @@ class HostMemory:
 
     def _register(self) -> bool:
         address, num_bytes = self.tensor.data_ptr(), self.tensor.numel()
-        with _current(self._device):
+        with on_device(self._device):
             code = int(_driver().cudaHostRegister(address, num_bytes, 0))
             if code == 0:
                 self._unregister = weakref.finalize(self, _unregister, address, self._device, os.getpid())
@@ -124,7 +124,7 @@ def _driver() -> Any:
     return cudart()
 
 
-def _current(device: torch.device | None) -> contextlib.AbstractContextManager[Any]:
+def on_device(device: torch.device | None) -> contextlib.AbstractContextManager[Any]:
     """A context in which a CUDA device is this thread's current one."""
     is_cuda = device is not None and device.type == "cuda"
     return torch.cuda.device(device) if is_cuda else contextlib.nullcontext()
@@ -138,7 +138,7 @@ def take_device(device: torch.device | None, api: Any = torch.cuda) -> None:
 
 def _unregister(address: int, device: torch.device | None, process: int) -> None:
     if os.getpid() == process:  # a child has no CUDA, and its copy of the memory is not registered
-        with _current(device):
+        with on_device(device):
             _driver().cudaHostUnregister(address)
 
 
