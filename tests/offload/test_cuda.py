@@ -3,24 +3,14 @@
 from __future__ import annotations
 
 import threading
-import zlib
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from penstock.config import OffloadConfig
-from penstock.engine.plans import plan_pipeline
-from penstock.errors import GenerationError, WeightsError
+from penstock.errors import WeightsError
 from penstock.offload import chunks, streamer
-from penstock.offload.cuda import CudaTransfer
-from penstock.offload.gather import GatherTransfer
 from penstock.offload.timing import Stays
 from penstock.offload.transfer import HostTransfer
 from penstock.timeline import Timeline
@@ -28,115 +18,13 @@ from penstock.weights import sources
 from penstock.weights.host import HostStore
 from penstock.weights.index import read_header
 from penstock.weights.layout import packed
-from penstock.weights.memory import Arena, HostMemory
+from penstock.weights.memory import Arena
 from penstock.weights.ranges import Cast, FileRange, Piece
 from penstock.weights.reader import FileReader
-from penstock.weights.shards import ShardSource
 from penstock.weights.sources import FileSource, Part
-from tests.offload.races import Collectives, Cuda, Memory, WatchedArena
+from tests.offload.races import Cuda
+from tests.offload.rigs import GPU, PAGE, rig_of, streaming
 from tests.offload.toys import CPU, Pipeline, Scripted
-
-PAGE = 4096
-GPU = torch.device("cuda", 1)  # only its name: nothing here touches a device
-
-
-class Chunk(HostMemory):
-    """A chunk that knows who reads and writes it."""
-
-    def __init__(self, num_bytes: int, api: Cuda, memory: Memory) -> None:
-        super().__init__(num_bytes)
-        self.api, self.memory, self.is_closed = api, memory, False
-
-    def close(self) -> None:
-        """Note it."""
-        self.is_closed = True
-
-
-@dataclass
-class Rig:
-    """A transfer on a watched arena."""
-
-    api: Cuda
-    arena: Arena
-    memory: Memory
-    chunks: list[Chunk]
-    transfer: CudaTransfer
-
-    @property
-    def races(self) -> list[tuple[str, str, str]]:
-        """All that were found, on the arena and on the chunks."""
-        return [*self.memory.races, *(race for chunk in self.chunks for race in chunk.memory.races)]
-
-
-def rig_of(
-    api: Cuda, arena: Arena, timeline: Timeline | None = None, device: torch.device = GPU, num_threads: int = 2
-) -> Rig:
-    memory, chunks, by_address = Memory(), [], {}
-
-    def make_memory(num_bytes: int) -> HostMemory:
-        chunk = Chunk(num_bytes, api, Memory())
-        chunks.append(chunk)
-        by_address[chunk.tensor.untyped_storage().data_ptr()] = chunk.memory
-        return chunk
-
-    watched: Any = WatchedArena(arena, api, memory, device=device)
-    watched._chunks = by_address
-    return Rig(api, arena, memory, chunks, CudaTransfer(watched, timeline, api, make_memory, num_threads))
-
-
-class Sharer:
-    """The only rank of those that hold weights together; what it gathers is a write of the current stream."""
-
-    rank = 0
-    size = 1
-
-    def all_gather_into(self, whole: Any, own: Any, is_async: bool = False) -> None:
-        whole.gathered(own)
-
-
-@contextmanager
-def streaming(
-    api: Cuda,
-    prefetch: int,
-    way: str,
-    monkeypatch: pytest.MonkeyPatch,
-    sharers: Any = None,
-    gathering: Any = GatherTransfer,
-) -> Iterator[Any]:
-    """A toy pipeline streamed by the real residency and stages, through a transfer on the fake CUDA."""
-    rigs: list[Rig] = []
-
-    def transfer(arena: Arena, timeline: Timeline | None, sharers: object) -> Any:
-        rigs.append(rig_of(api, arena, timeline, CPU if way == "shards on it" else GPU))
-        return rigs[0].transfer if sharers is None else gathering(rigs[0].transfer, timeline)
-
-    monkeypatch.setattr(streamer, "_transfer", transfer)
-    if way == "shards in files":
-        monkeypatch.setattr(streamer, "is_in_memory", lambda _: False)
-        monkeypatch.setattr(streamer, "let_go", lambda *_: None)
-    pipeline = Pipeline()
-    config = OffloadConfig(device="cpu", offload="layerwise", prefetch=prefetch, max_weight_memory="least")
-    planned = plan_pipeline(pipeline, config, CPU, lambda *_: None)
-    sharers = (sharers or Sharer()) if way.startswith("shards") else None
-    settings = streamer.Settings(in_host_store=way not in ("ring", "shards in files"), sharers=sharers)
-    made = streamer.Streamer(pipeline, planned.partition, planned.plan, settings, Timeline())
-    made.install()
-    with ExitStack() as undo:
-        undo.callback(made.remove)
-        for tenant in made.tenants:
-            span = (tenant.plan.begin, tenant.plan.end)
-            for module in tenant.unit.module.modules():
-                if "weight" in module._parameters:  # what a kernel of this stream reads
-                    undo.callback(module.register_forward_pre_hook(_reads(rigs[0], tenant.name, span)).remove)
-        yield pipeline, made, rigs[0]
-
-
-def _reads(rig: Rig, name: str, span: tuple[int, int]) -> Any:
-    def read(*_: Any) -> None:
-        rig.memory.access("R", name, span, rig.api.compute.tick(name))
-
-    return read
-
 
 WAYS = ["store", "ring", "shards on it", "shards in store", "shards in files"]
 NEEDED = {
@@ -315,16 +203,6 @@ def test_drained_fills_do_not_keep_later_ones() -> None:
     assert rig.arena.tensor[:8].tolist() == [7] * 8
 
 
-def test_copies_after_a_cancelled_gathering_come_behind_it() -> None:
-    rig = rig_of(Cuda(), Arena(8 * PAGE, CPU))
-    transfer = GatherTransfer(rig.transfer)
-    source = ShardSource(Scripted([Part(64, 8, lambda _: None)]), Sharer(), PAGE)
-    transfer.cancel(transfer.submit("first", source, 0))  # compute has not waited for it
-    transfer.wait(transfer.submit("second", Scripted([Part(0, 8, lambda _: None)]), 0))
-    transfer.close()
-    assert rig.races == []
-
-
 def test_seconds_are_those_of_the_device() -> None:
     """Of copies, of waits, of compute; the host has launched all of it before the device has begun."""
     api, timeline, store = Cuda(), Timeline(), HostStore(PAGE, is_pinned=False)
@@ -357,103 +235,4 @@ def test_the_device_decides_on_the_transfer(monkeypatch: pytest.MonkeyPatch) -> 
     arena = Arena(PAGE, CPU)
     transfer = streamer._transfer(arena, None, None)
     assert isinstance(transfer, HostTransfer)
-    transfer.close()
-
-
-class Counting(Sharer):
-    """A rank of several; each gathering is noted as a launch on the communicator of shards."""
-
-    def __init__(self, collectives: Collectives, number: int) -> None:
-        self.collectives, self.number = collectives, number
-
-    def all_gather_into(self, whole: Any, own: Any, is_async: bool = False) -> None:
-        self.collectives.launch(self.number, "shard")
-        super().all_gather_into(whole, own)
-
-
-class OnReaders(GatherTransfer):
-    """What this design replaced: a thread gathers when a part has been read, beside what the calling thread does.
-
-    Of the first rank the reads are over before a block exchanges, of the others only then.
-    """
-
-    def __init__(self, own: Any, timeline: Timeline | None) -> None:
-        super().__init__(own, timeline)
-        self.pool, self.work, self.exchanged = ThreadPoolExecutor(1), [], threading.Event()
-        self.is_late = False
-
-    def submit(self, name: str, source: Any, begin: int) -> Any:
-        ticket = super().submit(name, source, begin)
-        self.exchanged.clear()
-        self.work.append(self.pool.submit(self._gather))
-        return ticket
-
-    def _gather(self) -> None:
-        if self.is_late:
-            self.exchanged.wait(10)
-        super()._launch()
-
-    def _launch(self) -> None:
-        self.exchanged.set()
-        self.work.pop(0).result()
-
-    def exchange(self) -> None:
-        """The calling thread is about to exchange, or has."""
-        if not self.is_late:
-            for work in self.work:
-                work.result()
-
-
-@pytest.mark.parametrize("way", ["shards on it", "shards in store", "shards in files"])
-@pytest.mark.parametrize("gathering", [GatherTransfer, OnReaders])
-def test_all_ranks_launch_collectives_in_one_order(gathering: Any, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if gathering is OnReaders and way != "shards in files":
-        return  # nothing else was gathered by a thread that reads
-    collectives = Collectives()
-    for rank in range(2):
-        sharer = Counting(collectives, rank)
-        with streaming(Cuda(), 1, way, monkeypatch, sharer, gathering) as (pipeline, made, _):
-            transfer = made.transfer
-            transfer.is_late = rank > 0
-
-            def exchange(*_: Any, rank: int = rank, transfer: Any = transfer) -> None:
-                if isinstance(transfer, OnReaders):
-                    transfer.exchange()
-                collectives.launch(rank, "ulysses")
-                if isinstance(transfer, OnReaders):
-                    transfer.exchanged.set()
-
-            for block in pipeline.transformer.blocks:
-                block.linear.register_forward_pre_hook(exchange)
-            pipeline(num_steps=2)
-    assert {"shard", "ulysses"} == set(collectives.order(0)) and len(collectives.order(0)) > 20
-    if gathering is OnReaders:
-        assert collectives.failures[0] == "ranks 0 and 1" and "threads of rank 0" in collectives.failures
-    else:
-        assert collectives.failures == []
-
-
-def test_another_unit_than_was_asked_for_is_seen_later_and_before_the_picture_is_given_away() -> None:
-    api = Cuda()
-    rig = rig_of(api, Arena(8 * PAGE, CPU))
-    transfer = GatherTransfer(rig.transfer)
-
-    class Apart(Sharer):
-        rank = 1  # the first one stamps
-
-        def all_gather_into(self, whole: Any, own: Any, is_async: bool = False) -> None:
-            super().all_gather_into(whole, own)
-            rig.arena.tensor[:8].view(torch.int64).fill_(zlib.crc32(self.gathers.encode()))
-
-    sharer = Apart()
-    source = ShardSource(Scripted([]), sharer, PAGE)
-    source.__class__ = type("AtZero", (ShardSource,), {"begin": 0})  # the toy's only rank has all of the unit
-    api.is_busy = True
-    for sharer.gathers in ("block 1", "block 1", "block 2"):  # type: ignore[attr-defined]
-        ticket = transfer.submit("block 1", source, 0)
-        transfer.wait(ticket)  # the device is not there yet, and the host does not wait
-    assert "exchanges" not in api.host()
-    with pytest.raises(GenerationError, match="this rank gathers block 1, and the first of those it shares with"):
-        transfer.check_fills(is_waiting=True)
-    transfer.check_fills(is_waiting=True)
     transfer.close()

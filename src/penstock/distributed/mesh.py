@@ -8,8 +8,8 @@ Owns the order of the axes and the groups along them. Does not know what is exch
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -41,7 +41,7 @@ class Mesh:
     config: ParallelConfig
     device_mesh: DeviceMesh | None
     groups: Mapping[str, Group]
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def __getitem__(self, axis: str) -> Group:
         return self.groups[axis]
@@ -115,21 +115,25 @@ def _communicator(name: str, rows: list[list[int]], rank: int, made: _Made) -> d
     if len(rows[0]) == 1:
         return None
     if len(rows) == 1 and name != "shard":
-        return dist.group.WORLD
+        return _world()
     if key not in made or name == "shard":
         found = [(row, dist.new_group(row, timeout=exchange_timeout())) for row in rows]
-        own = next(group for row, group in found if rank in row)
+        own: dist.ProcessGroup | None = next(group for row, group in found if rank in row)
         if name == "shard":
             return own
         made[key] = own
     return made[key]
 
 
+def _world() -> dist.ProcessGroup:
+    return cast("dist.ProcessGroup", dist.group.WORLD)
+
+
 def _device_mesh(config: ParallelConfig, device_type: str, groups: Mapping[str, Group]) -> DeviceMesh:
     """torch's own view of the axes that are split, over the groups that are there."""
     split = {axis: size for axis, size in config.axes().items() if size > 1}
     if not split:
-        return DeviceMesh.from_group(dist.group.WORLD, device_type, mesh_dim_names=("world",))
+        return DeviceMesh.from_group(_world(), device_type, mesh_dim_names=("world",))
     ranks = torch.arange(config.world_size).view(tuple(split.values()))
     members: Any = [groups[axis].process_group for axis in split]
     return DeviceMesh.from_group(members, device_type, mesh=ranks, mesh_dim_names=tuple(split))

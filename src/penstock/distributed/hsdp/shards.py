@@ -101,7 +101,9 @@ def _axis_group(rows: list[list[int]]) -> dist.ProcessGroup:
     if len(rows) == 1:
         return cast("dist.ProcessGroup", dist.group.WORLD)
     made = [dist.new_group(row, timeout=exchange_timeout()) for row in rows]
-    return cast("dist.ProcessGroup", next(group for row, group in zip(rows, made, strict=True) if dist.get_rank() in row))
+    return cast(
+        "dist.ProcessGroup", next(group for row, group in zip(rows, made, strict=True) if dist.get_rank() in row)
+    )
 
 
 def shard_group(mesh: DeviceMesh) -> Group:
