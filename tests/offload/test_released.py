@@ -23,7 +23,7 @@ class Alone:
     rank = 0
     size = 1
 
-    def all_gather_into(self, whole: torch.Tensor, own: torch.Tensor) -> None:
+    def all_gather_into(self, whole: torch.Tensor, own: torch.Tensor, is_async: bool = False) -> None:
         if whole.data_ptr() != own.data_ptr():
             whole.copy_(own)
 

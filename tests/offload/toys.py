@@ -14,6 +14,7 @@ from penstock.config import OffloadConfig
 from penstock.engine.plans import plan_pipeline
 from penstock.offload.residency import Residency, Tenant
 from penstock.offload.streamer import Settings, Streamer
+from penstock.offload.timing import HostClock
 from penstock.offload.transfer import Ticket
 from penstock.offload.units import Unit, Weight
 from penstock.plan import UnitPlan
@@ -127,8 +128,9 @@ class Deferred:
     """A transfer that fills only when it is waited for, and notes what it was asked."""
 
     moved_bytes = 0
-    num_lanes = 1
-    busy_s = 0.0
+    busy_s = lane_s = 0.0
+    unpinned_bytes = 0
+    clock = HostClock()
     is_seen_by_torch = False
     done = False
 

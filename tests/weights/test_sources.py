@@ -94,10 +94,12 @@ def test_parts_are_in_order_small_and_leave_their_neighbours_alone(
         pieces = [piece for piece in pieces if isinstance(piece.range, FileRange)]
     layout = layout_of(pieces)
     parts = list(source_of(pieces, layout, reader).parts)
+    has_margins = layout_of is paged  # on an accelerator parts get theirs in chunks, each for itself
     touched = [
-        (part.position - part.margin[0], part.position + part.num_bytes + part.margin[1], part) for part in parts
+        (part.position - has_margins * part.margin[0], part.position + part.num_bytes + has_margins * part.margin[1])
+        for part in parts
     ]
-    assert all(end <= begin for (_, end, _), (begin, _, _) in pairwise(touched))
+    assert all(end <= begin for (_, end), (begin, _) in pairwise(touched))
     assert touched[0][0] >= 0 and touched[-1][1] <= layout.num_bytes
     assert all(0 < part.num_bytes <= SMALL_PARTS for part in parts)
     covered = sum(part.num_bytes for part in parts)

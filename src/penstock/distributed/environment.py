@@ -35,6 +35,7 @@ _LIST_ITEM = re.compile(r"((?:[^,\[]|\[[^\]]*\])+)(?:,|$)")
 _REPEATED = re.compile(r"(\d+)(?:\(x(\d+)\))?")
 _BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 _started = False
+_timeout = _TIMEOUT  # of this process's ranks
 
 
 @dataclass(frozen=True)
@@ -219,8 +220,8 @@ def start(environment: RankEnvironment, device: torch.device, timeout: timedelta
     import torch
     import torch.distributed as dist
 
-    global _started
-    own = None
+    global _started, _timeout
+    own, _timeout = None, timeout
     if device.type == "cuda":
         own = torch.device("cuda", _device_index(environment, torch.cuda.device_count()))
         torch.cuda.set_device(own)
@@ -249,6 +250,11 @@ def start(environment: RankEnvironment, device: torch.device, timeout: timedelta
         ) from error
     _started = True
     agree_on_secret()
+
+
+def exchange_timeout() -> timedelta:
+    """How long an exchange of these ranks may take, in whichever of their groups; torch gives a new one its own."""
+    return _timeout
 
 
 def _meeting(environment: RankEnvironment, where: str, timeout: timedelta) -> dict[str, Any]:

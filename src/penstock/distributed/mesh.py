@@ -8,14 +8,15 @@ Owns the order of the axes and the groups along them. Does not know what is exch
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from penstock.config import ParallelConfig
+from penstock.distributed.environment import exchange_timeout
 from penstock.distributed.group import Group, Traffic
 from penstock.errors import ConfigError
 
@@ -34,11 +35,13 @@ class Mesh:
         groups: by axis; besides these `sequence` (ring and ulysses together), `vae` (neighbouring ranks that share
             the tiles), `shard` (ranks that hold one copy of the weights together), `replicate` (ranks with the same
             shard), `twin` (those of all replicas), `replica` (all ranks that make one picture together) and `world`.
+        device: that this rank exchanges from.
     """
 
     config: ParallelConfig
     device_mesh: DeviceMesh | None
     groups: Mapping[str, Group]
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def __getitem__(self, axis: str) -> Group:
         return self.groups[axis]
@@ -58,7 +61,8 @@ def build_mesh(config: ParallelConfig, device_type: str) -> Mesh:
     Raises:
         ConfigError: where the degrees do not multiply to the number of ranks that were started.
 
-    Cost: every rank must call it; torch makes one communicator per group of more than one rank.
+    Cost: every rank must call it; torch makes one communicator per group of more than one rank, with the time-out that
+        the ranks were started with.
     """
     require_ranks(config, num_running())
     if not dist.is_initialized():
@@ -77,28 +81,62 @@ def alone() -> Mesh:
 
 
 def _build(config: ParallelConfig, device_type: str) -> Mesh:
-    ranks = torch.arange(config.world_size).view(tuple(config.axes().values()))
-    split = {axis: size for axis, size in config.axes().items() if size > 1} or {"world": 1}
-    whole = DeviceMesh(device_type, ranks.view(tuple(split.values())), mesh_dim_names=tuple(split))
-    rank = dist.get_rank()
-    groups = {axis: _group(axis, whole[axis]) if axis in split else Group(axis, 0, (rank,), None) for axis in AXES}
-    groups["world"] = Group("world", rank, tuple(range(config.world_size)), dist.group.WORLD)
+    axes = config.axes()
+    ranks = torch.arange(config.world_size).view(tuple(axes.values()))
+    rank, groups = dist.get_rank(), {}
+    lines = {axis: ranks.movedim(place, -1).reshape(-1, size) for place, (axis, size) in enumerate(axes.items())}
     rows = {
+        **lines,
+        "world": ranks.view(1, -1),
         "sequence": ranks.movedim(-1, 0).reshape(-1, config.sequence_size),
         "vae": ranks.view(-1, config.vae_patch_parallel_size),
         "replica": ranks.view(config.data_parallel_size, -1),
         **_shards(config, ranks),
     }
+    made: _Made = {}
     for name, row in rows.items():
         own = tuple(next(line for line in row.tolist() if rank in line))
-        same = next((group for group in groups.values() if group.ranks == own), None)
-        if name == "shard" and len(own) > 1:
-            groups[name] = _apart(name, row.tolist(), rank)
-        elif same is None:
-            groups[name] = _group(name, DeviceMesh(device_type, row, mesh_dim_names=("others", name))[name])
-        else:
-            groups[name] = Group(name, same.rank, own, same.process_group)
-    return Mesh(config, whole, groups)
+        groups[name] = Group(name, own.index(rank), own, _communicator(name, row.tolist(), rank, made))
+    device = torch.device(device_type)
+    if device.type == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device())  # which this rank has taken
+    return Mesh(config, _device_mesh(config, device_type, groups), groups, device)
+
+
+_Made = dict[tuple[tuple[int, ...], ...], dist.ProcessGroup | None]
+
+
+def _communicator(name: str, rows: list[list[int]], rank: int, made: _Made) -> dist.ProcessGroup | None:
+    """torch's group of this rank's row; all ranks make those of all rows. None for a rank that is alone in its row.
+
+    Axes with the same rows share one. Shards have one of their own: they are gathered beside what others exchange.
+    """
+    key = tuple(map(tuple, rows))
+    if len(rows[0]) == 1:
+        return None
+    if len(rows) == 1 and name != "shard":
+        return _world()
+    if key not in made or name == "shard":
+        found = [(row, dist.new_group(row, timeout=exchange_timeout())) for row in rows]
+        own: dist.ProcessGroup | None = next(group for row, group in found if rank in row)
+        if name == "shard":
+            return own
+        made[key] = own
+    return made[key]
+
+
+def _world() -> dist.ProcessGroup:
+    return cast("dist.ProcessGroup", dist.group.WORLD)
+
+
+def _device_mesh(config: ParallelConfig, device_type: str, groups: Mapping[str, Group]) -> DeviceMesh:
+    """torch's own view of the axes that are split, over the groups that are there."""
+    split = {axis: size for axis, size in config.axes().items() if size > 1}
+    if not split:
+        return DeviceMesh.from_group(_world(), device_type, mesh_dim_names=("world",))
+    ranks = torch.arange(config.world_size).view(tuple(split.values()))
+    members: Any = [groups[axis].process_group for axis in split]
+    return DeviceMesh.from_group(members, device_type, mesh=ranks, mesh_dim_names=tuple(split))
 
 
 def _shards(config: ParallelConfig, ranks: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -113,20 +151,6 @@ def _shards(config: ParallelConfig, ranks: torch.Tensor) -> dict[str, torch.Tens
         "replicate": alike.movedim(3, 2).reshape(-1, copies),
         "twin": alike.permute(1, 3, 0, 2).reshape(-1, config.data_parallel_size * copies),
     }
-
-
-def _group(name: str, line: DeviceMesh) -> Group:
-    return Group(name, line.get_local_rank(), tuple(line.mesh.tolist()), line.get_group())
-
-
-def _apart(name: str, rows: list[list[int]], rank: int) -> Group:
-    """A group that exchanges nothing with another's: it gathers on a thread of its own, while those are at work.
-
-    A DeviceMesh would give ranks that are alike the same communicator.
-    """
-    own = [(row, made) for row, made in ((row, dist.new_group(row)) for row in rows) if rank in row]
-    ranks, process_group = own[0]
-    return Group(name, ranks.index(rank), tuple(ranks), process_group)
 
 
 def num_running() -> int:

@@ -151,6 +151,8 @@ class Placed:
             units=units,
             notes=(*self._notes, *self._sharing.notes(), *streamer.notes()),
             read_bytes=streamer.reader.read_bytes,
+            cached_bytes=streamer.reader.cached_bytes,
+            unpinned_bytes=streamer.unpinned_bytes,
             moved_bytes=streamer.transfer.moved_bytes,
             saved_bytes=streamer.saved_bytes,
             peak_bytes=residency.peak_bytes + self.plan.fixed_bytes + self.plan.shard_bytes,

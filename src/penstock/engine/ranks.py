@@ -26,6 +26,7 @@ from penstock.engine.plans import Planned
 from penstock.engine.sharing import check_sharing
 from penstock.errors import ConfigError, PenstockError
 from penstock.machine import Machine, read_machine
+from penstock.offload.released import is_in_memory
 from penstock.offload.streamer import layout_of
 from penstock.weights.proof import fingerprint
 
@@ -197,6 +198,7 @@ def _layouts(planned: Planned) -> str:
             unit.name,
             layout_of(unit, device, plan.num_sharers).positions,
             [(weight.name, str(weight.dtype), weight.piece, weight.offset) for weight in unit.weights],
+            is_in_memory(unit),  # which decides when ranks gather it
         )
         for unit in planned.partition.units
     ]

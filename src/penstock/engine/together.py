@@ -30,6 +30,7 @@ from penstock.engine.sharing import schedulers_that_wait
 from penstock.errors import GenerationError, RequestError
 from penstock.models.words import word_of
 from penstock.undo import Undo
+from penstock.weights.memory import on_device
 
 _CALLBACKS = ("callback_on_step_end", "callback")
 _STOCK = "_penstock_stock"
@@ -55,6 +56,10 @@ class SharedUnits(Protocol):
 
     def catch_up(self, missing: Sequence[int]) -> None:
         """Fill these, and then begin anew with nothing on the device."""
+        ...
+
+    def check_fills(self) -> None:
+        """See that what was filled is what this rank asked for."""
         ...
 
 
@@ -94,6 +99,17 @@ class Meeting:
         if any(each[3] or each[1] != num_fills for each, (num_fills, _) in zip(found, most, strict=True)):
             self._catch_up(units, recent, found, most)
         self.is_apart = False
+
+    def check(self) -> None:
+        """See that weights were not mixed up, before what was made with them is given away.
+
+        Raises:
+            GenerationError: where ranks have gathered different units.
+
+        Cost: on CUDA it waits for the gatherings that were begun.
+        """
+        if self._units is not None:
+            self._units.check_fills()
 
     def _catch_up(self, units: SharedUnits, recent: list[int], found: list[list[int]], most: list[list[int]]) -> None:
         room = max(length for _, _, length, _ in found)
@@ -145,9 +161,10 @@ def apply_together(pipeline: Any, mesh: Mesh, meeting: Meeting | None = None) ->
             _share_random_states(mesh, args, kwargs)
             meeting.is_apart = True
             waiting = schedulers_that_wait(self) if shares_weights(mesh) else nullcontext()
-            with waiting, parallel_state.using(mesh), rounds_of(mesh["cfg"]).run():
+            with on_device(mesh.device), waiting, parallel_state.using(mesh), rounds_of(mesh["cfg"]).run():
                 result = stock.__call__(self, *args, **_seeing_callbacks(kwargs))
             result = wait(result)
+            meeting.check()
             meeting.is_apart = False
             return result
 
@@ -279,14 +296,13 @@ def _told(value: Any) -> Iterator[str]:
 def _share_random_states(mesh: Mesh, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Give every generator that the call may draw from the state that it has on the first rank."""
     group = mesh["replica"]
-    on_cuda = mesh.device_mesh is not None and mesh.device_mesh.device_type == "cuda"
     generators = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Generator)]
-    states = _decode(_shared_bytes(group, msgspec.msgpack.encode(_random_states(generators, on_cuda))))
+    states = _decode(_shared_bytes(group, msgspec.msgpack.encode(_random_states(generators, mesh.device))))
     if group.rank == 0:
         return
     torch.set_rng_state(_tensor(states.torch))
     if states.cuda is not None:
-        torch.cuda.set_rng_state(_tensor(states.cuda))
+        torch.cuda.set_rng_state(_tensor(states.cuda), mesh.device)
     random.setstate(states.python)
     name, keys, position, has_gauss, gauss = states.numpy
     np.random.set_state((name, np.frombuffer(keys, dtype=np.uint32), position, has_gauss, gauss))
@@ -307,11 +323,11 @@ class _RandomStates(msgspec.Struct):
 _decode = msgspec.msgpack.Decoder(_RandomStates).decode
 
 
-def _random_states(generators: list[torch.Generator], on_cuda: bool) -> _RandomStates:
+def _random_states(generators: list[torch.Generator], device: torch.device) -> _RandomStates:
     name, keys, *rest = np.random.get_state(legacy=True)
     return _RandomStates(
         torch=bytes(torch.get_rng_state().numpy()),
-        cuda=bytes(torch.cuda.get_rng_state().numpy()) if on_cuda else None,
+        cuda=bytes(torch.cuda.get_rng_state(device).numpy()) if device.type == "cuda" else None,
         python=random.getstate(),
         numpy=(str(name), np.asarray(keys, dtype=np.uint32).tobytes(), *rest),
         generators=[bytes(generator.get_state().numpy()) for generator in generators],

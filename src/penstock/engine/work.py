@@ -31,6 +31,7 @@ from penstock.media.files import MEDIA_TYPES, SUFFIXES, save
 from penstock.media.pictures import write_spritesheet, write_thumbnail
 from penstock.models.components import discover
 from penstock.models.sizes import frame_rate
+from penstock.offload.timing import Clock, HostClock, clock_of
 from penstock.request import GenerationResult, StepEvent
 from penstock.wire import Ended, Failure, FromRank, Made, MadeFile, Order, Partial, Stage, Step, Timings
 
@@ -76,7 +77,8 @@ class Worker:
         Where a batch fails, each of its orders that is not made yet runs by itself: one may be to blame, or their
         number.
         """
-        course = _Course(orders, self._line.say if self._writes else lambda message: None)
+        clock = clock_of(self._prepared.device)
+        course = _Course(orders, self._line.say if self._writes else lambda message: None, clock)
         failure = self._failure_of(orders, course)
         if len(orders) > 1 and failure is not None and failure.code != "cancelled":
             for order in orders:
@@ -273,17 +275,20 @@ class _Course:
     Args:
         orders: that run.
         say: tells; does nothing on ranks that do not.
+        clock: of the device, which may be far behind the host: what it is launched with is timed there.
 
     Attributes:
         made: ids of the orders of a batch whose pictures are written.
     """
 
-    def __init__(self, orders: tuple[Order, ...], say: Callable[[FromRank], None]) -> None:
+    def __init__(self, orders: tuple[Order, ...], say: Callable[[FromRank], None], clock: Clock | None = None) -> None:
+        self._clock = clock or HostClock()
         self._ids = [order.id for order in orders]
         self._say = say
         self._item = 0
         self._stage = ""
-        self._since_s = self._begun_s = time.perf_counter()
+        self._begun_s = time.perf_counter()
+        self._since = self._clock.mark()
         self._seconds: dict[str, float] = {}
         self._num_steps = 0
         self._is_aside = False
@@ -310,10 +315,14 @@ class _Course:
 
     def leave(self) -> None:
         """Count the seconds of the stage that ends."""
-        now_s = time.perf_counter()
-        if self._stage:
-            self._seconds[self._stage] = self._seconds.get(self._stage, 0.0) + now_s - self._since_s
-        self._since_s, self._stage = now_s, ""
+        now, stage = self._clock.mark(), self._stage
+
+        def tell(begin_s: float, end_s: float) -> None:
+            self._seconds[stage] = self._seconds.get(stage, 0.0) + end_s - begin_s
+
+        if stage:
+            self._clock.between(self._since, now, tell)
+        self._since, self._stage = now, ""
 
     def step(self, event: StepEvent) -> None:
         """A step of the pipeline's bar is done; at 0 it begins."""
@@ -336,6 +345,7 @@ class _Course:
     def timings(self) -> Timings:
         """Seconds of each stage so far."""
         self.leave()
+        self._clock.settle()
         return Timings(num_steps=self._num_steps, **{f"{name}_s": seconds for name, seconds in self._seconds.items()})
 
 

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import ExitStack
 from contextvars import copy_context
-from typing import Any
+from typing import Any, cast
 
 import torch
 from greenlet import getcurrent, greenlet
@@ -205,7 +205,7 @@ class _Call:
 
 def _surroundings() -> Hashable:
     """What torch keeps for a thread, and would keep for all calls of a convoy alike."""
-    bindings = torch._C
+    bindings, cuda = torch._C, cast("Any", torch.cuda)
     return (
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
@@ -214,4 +214,5 @@ def _surroundings() -> Hashable:
         bindings._len_torch_function_stack(),
         bindings._len_torch_dispatch_stack(),
         bindings._is_torch_function_enabled(),
+        cuda.current_stream() if cuda.is_initialized() else None,
     )

@@ -1,34 +1,56 @@
 """Transfers on CUDA: a copy stream beside the compute stream, ordered by events; the host waits for neither.
 
 Weights in the host store move with one copy per unit. Weights in files go through a ring of pinned chunks, filled by
-reader threads and copied chunk by chunk. Of weights that ranks have in parts, each rank copies its own, and all gather
-them on the copy stream; the reader's thread asks for all of these, so that every rank does in one order. The arena
-lives as long as the transfers, so that no allocator needs to be told which stream uses it.
+reader threads and copied chunk by chunk. What ranks gather comes on a stream of its own, so that it does not stand
+behind copies of a later unit, which wait for their place. The arena lives as long as the transfers, so that no
+allocator needs to be told which stream uses it.
 
 Source: the CUDA programming guide on streams and events; the ready and free events of Lightricks' block streaming.
 """
 
 from __future__ import annotations
 
-import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import torch
 
-from penstock.offload.transfer import Ticket, require_alone
+from penstock.offload.chunks import Chunks, Group, groups
+from penstock.offload.timing import Clock, EventClock, Tell
+from penstock.offload.transfer import THREADS, Ticket
 from penstock.timeline import Timeline
 from penstock.weights.host import StoredSource
-from penstock.weights.memory import Arena, HostMemory
-from penstock.weights.shards import ShardSource
-from penstock.weights.sources import PART_BYTES, Part, Source
+from penstock.weights.memory import Arena, HostMemory, take_device
+from penstock.weights.ranges import PAGE_BYTES
+from penstock.weights.sources import Source
 
-_NUM_CHUNKS = 4
-_CHUNK_BYTES = 2 * PART_BYTES
 _LANE = "copy stream"
+_NUMBER_BYTES = 8
+
+
+class _Reading:
+    """A fill from files, while readers are at it.
+
+    Its copies come on the stream behind all those of the fill before it: they wait there for their own place, and a
+    copy of an earlier unit would wait for that place as well.
+
+    Attributes:
+        work: of the readers.
+        before: set once the fill before this one is on the stream.
+        is_over: set once this one is.
+    """
+
+    def __init__(self, free: Any, before: threading.Event) -> None:
+        self.free = free
+        self.before = before
+        self.is_over = threading.Event()
+        self.work: list[Future[None]] = []
+        self.num_left = 0
+        self.is_begun = False
 
 
 class CudaTransfer:
@@ -36,9 +58,10 @@ class CudaTransfer:
 
     Args:
         arena: on the device.
-        timeline: where fills from files are noted, or None.
+        timeline: where fills are noted, or None.
         api: `torch.cuda`, or what a test puts in its place.
-        make_memory: makes a pinned chunk of so many bytes.
+        make_memory: makes pinned memory of so many bytes; for the arena's device if left out.
+        num_threads: how many read at a time.
     """
 
     is_seen_by_torch = True
@@ -48,90 +71,168 @@ class CudaTransfer:
         arena: Arena,
         timeline: Timeline | None = None,
         api: Any = torch.cuda,
-        make_memory: Callable[[int], HostMemory] = lambda num_bytes: HostMemory(num_bytes, is_pinned=True),
+        make_memory: Callable[[int], HostMemory] | None = None,
+        num_threads: int = THREADS,
     ) -> None:
         self._arena = arena
         self._timeline = timeline
         self._api = api
-        self._device = arena.tensor.device
-        self._copies = api.Stream(device=self._device)
-        self._make_memory = make_memory
-        self._chunks: queue.SimpleQueue[tuple[HostMemory, Any]] | None = None
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="penstock-reader")
+        self.device: torch.device = arena.tensor.device
+        self._copies = api.Stream(device=self.device)
+        self._exchanges = api.Stream(device=self.device)
+        self.clock: Clock = EventClock(self.device, api)
+        if timeline is not None:
+            timeline.late(self.clock.settle)
+        self._make_memory = make_memory or partial(HostMemory, is_pinned=True, device=self.device)
+        self._chunks: Chunks | None = None
+        self._seen: dict[str, torch.Tensor] = {}  # by unit: where the host sees which one was gathered
+        self._pages: list[HostMemory] = []
+        self._num_threads = num_threads
         self._lock = threading.Lock()
-        self._timed: list[tuple[Any, Any]] = []
-        self._busy_s = 0.0
+        self._begin()
+        self._copy_s = self._read_s = 0.0
         self.moved_bytes = 0
-        self.num_lanes = 1
-        self._num_shared = 0
+
+    def _begin(self) -> None:
+        """Fresh readers. A thread's current device is the first one, whichever the process uses."""
+        self._pool = ThreadPoolExecutor(
+            self._num_threads,
+            thread_name_prefix="penstock-reader",
+            initializer=take_device,
+            initargs=(self.device, self._api),
+        )
+        self._last = threading.Event()
+        self._last.set()
 
     @property
     def busy_s(self) -> float:
-        """Seconds that copies took, those from files with their reads; synchronises with the copies done so far."""
-        with self._lock:
-            timed, self._timed = self._timed, []
-        for begun, done in timed:
-            done.synchronize()
-            self._busy_s += begun.elapsed_time(done) / 1000
-        return self._busy_s
+        """Seconds of copies from the store and of reads, summed over readers; waits for the copies begun so far."""
+        self.clock.settle()
+        return self._copy_s + self._read_s
+
+    @property
+    def lane_s(self) -> float:
+        """The same, readers side by side counted once."""
+        self.clock.settle()
+        return self._copy_s + self._read_s / self._num_threads
+
+    @property
+    def unpinned_bytes(self) -> int:
+        """Bytes that CUDA refused to pin, of chunks."""
+        return sum(memory.unpinned_bytes for memory in (*self._pages, *(self._chunks.memories if self._chunks else ())))
 
     def submit(self, name: str, source: Source, begin: int) -> Ticket:
         """Order the copies behind all that the compute stream was given so far."""
-        free = self._api.Event()
-        free.record(self._api.current_stream(self._device))
-        ready = self._api.Event(enable_timing=True)
-        if isinstance(source, ShardSource):
-            gathering = self._pool.submit(self._gather, name, source, begin, (free, ready))
-            return Ticket(name, (gathering, ready), is_shared=True)
+        free = self.occupy()
         if isinstance(source, StoredSource):
             self._copies.wait_event(free)
-            begun = self._api.Event(enable_timing=True)
-            begun.record(self._copies)
+            begun = self.clock.mark(self._copies)
             self._copy(source.memory, begin)
-            ready.record(self._copies)
-            with self._lock:
-                self._timed.append((begun, ready))
-                del self._timed[:-10_000]
+            ready = self.clock.mark(self._copies)
+            self.clock.between(begun, ready, partial(self._copied, name, source.memory.numel()))
             return Ticket(name, (None, ready))
-        return Ticket(name, (self._pool.submit(self._read, name, source.parts, begin, (free, ready)), ready))
+        ready = self._api.Event()
+        return Ticket(name, (self._read(name, groups(source.parts), begin, (free, ready)), ready))
 
     def wait(self, ticket: Ticket) -> None:
         """Let the compute stream wait; the host waits only for reads that are late."""
+        ready = self._arrived(ticket)
+        self._api.current_stream(self.device).wait_event(ready)
+
+    def _arrived(self, ticket: Ticket) -> Any:
+        """The event behind a fill's copies, once all of them are on the stream."""
         reading, ready = ticket.work
+        for work in reading.work if reading is not None else ():
+            work.result()
         if reading is not None:
-            reading.result()
-        self._api.current_stream(self._device).wait_event(ready)
+            reading.is_over.wait()
+        return ready
 
     def cancel(self, ticket: Ticket) -> None:
         """Let what was begun finish; copies of later fills come behind it on the stream anyway."""
-        reading, _ = ticket.work
-        if reading is not None and (ticket.is_shared or not reading.cancel()):
-            reading.exception()
+        reading, ready = ticket.work
+        if reading is not None:
+            self._give_up(reading, ready)
+
+    def _give_up(self, reading: _Reading, ready: Any) -> None:
+        for work in reversed(reading.work):  # the last first: a reader takes none meanwhile
+            if work.cancel():
+                self._finish(reading, ready)
+        for work in reading.work:
+            if not work.cancelled():
+                work.exception()
 
     def is_done(self, ticket: Ticket) -> bool:
         """Whether no reader is at it; copies that were begun are followed by later ones on their stream."""
         reading, _ = ticket.work
-        return reading is None or (not ticket.is_shared and bool(reading.done()))
+        return reading is None or all(work.done() for work in reading.work)
 
     def drain(self) -> None:
-        """Drop what is queued, and wait for the reader; the stream keeps copies in order.
-
-        Raises:
-            GenerationError: where ranks gather, and the others may be elsewhere.
-        """
-        require_alone(self._num_shared)
+        """Drop what is queued, and wait for the readers; the stream keeps copies in order."""
         self._pool.shutdown(wait=True, cancel_futures=True)
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="penstock-reader")
+        self._begin()
 
     def restart(self) -> None:
         """CUDA does not survive a fork: torch refuses the child's next call with its own advice."""
 
     def close(self) -> None:
-        """End the reader and wait for the copies."""
+        """End the readers and wait for the copies."""
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._copies.synchronize()
-        while self._chunks is not None and not self._chunks.empty():
-            self._chunks.get()[0].close()
+        self._exchanges.synchronize()
+        self.clock.settle()
+        for memory in self._pages:
+            memory.close()
+        if self._chunks is not None:
+            self._chunks.close()
+
+    def place(self, begin: int, num_bytes: int) -> torch.Tensor:
+        """Bytes of the arena."""
+        return self._arena.tensor[begin : begin + num_bytes]
+
+    def occupy(self) -> Any:
+        """An event behind all that the compute stream was given so far."""
+        free = self._api.Event()
+        free.record(self._api.current_stream(self.device))
+        return free
+
+    def launch(self, free: Any, own: Ticket | None, exchange: Callable[[], Any], tell: Tell) -> Any:
+        """Begin on a stream of its own, behind this rank's copies; the host waits for reads that are late.
+
+        Returns:
+            The event behind it.
+        """
+        self._exchanges.wait_event(free if own is None else self._arrived(own))
+        begun = self.clock.mark(self._exchanges)
+        with self._api.stream(self._exchanges):
+            exchange()
+        ready = self.clock.mark(self._exchanges)
+        self.clock.between(begun, ready, tell)
+        return ready
+
+    def join(self, launched: Any) -> None:
+        """Let the compute stream wait."""
+        self._api.current_stream(self.device).wait_event(launched)
+
+    def let_end(self, launched: Any) -> None:
+        """Let copies wait: compute does not, and a later fill of the place begins with them."""
+        self._copies.wait_event(launched)
+
+    def has_ended(self, launched: Any, is_waiting: bool = False) -> bool:
+        """Whether the device is past it."""
+        if is_waiting:
+            launched.synchronize()
+        return is_waiting or bool(launched.query())
+
+    def seen(self, name: str, stamp: torch.Tensor) -> torch.Tensor:
+        """Pinned memory that the number is copied to, on the current stream."""
+        if name not in self._seen:
+            place = len(self._seen) % (PAGE_BYTES // _NUMBER_BYTES)
+            if not place:
+                self._pages.append(self._make_memory(PAGE_BYTES))
+            self._seen[name] = self._pages[-1].tensor.view(torch.int64)[place]
+        self._seen[name].copy_(stamp[0], non_blocking=True)
+        return self._seen[name]
 
     def _copy(self, memory: torch.Tensor, begin: int) -> None:
         with self._api.stream(self._copies):
@@ -139,73 +240,64 @@ class CudaTransfer:
         with self._lock:
             self.moved_bytes += memory.numel()
 
-    def _read(self, name: str, parts: Sequence[Part], begin: int, events: tuple[Any, Any]) -> None:
-        """Runs on the reader's thread: fill chunks and send them off, the next while the last one is copied.
+    def _copied(self, name: str, num_bytes: int, begin_s: float, end_s: float) -> None:
+        self._copy_s += end_s - begin_s
+        if self._timeline is not None:
+            self._timeline.add("fill", name, begin_s, end_s, lane=_LANE, num_bytes=num_bytes)
+
+    def _read(self, name: str, parts: Sequence[Group], begin: int, events: tuple[Any, Any]) -> _Reading:
+        """Hand a fill to the readers, who take its groups in order."""
+        if self._chunks is None:
+            self._chunks = Chunks(self._make_memory, self._num_threads)
+        free, ready = events
+        reading = _Reading(free, self._last)
+        reading.num_left = len(parts) + 1  # this one, too
+        self._last = reading.is_over
+        reading.work = [self._pool.submit(self._fill, name, group, begin, (reading, ready)) for group in parts]
+        self._finish(reading, ready)
+        return reading
+
+    def _fill(self, name: str, group: Group, begin: int, ticket: tuple[_Reading, Any]) -> None:
+        """Runs on a reader's thread: fill a chunk and send it off, while others fill the next ones.
 
         The wait for the place to be free is given to the stream here: copies of earlier fills, which may still be
         read, shall not stand behind it.
         """
-        free, ready = events
-        self._copies.wait_event(free)
-        self._read_chunks(name, parts, begin)
-        ready.record(self._copies)
+        assert self._chunks is not None
+        reading, ready = ticket
+        try:
+            with self._chunks.taken() as chunk:
+                begun_s = time.perf_counter()
+                group.write(chunk.memory.view)
+                self._note(name, begun_s, group.num_bytes)
+                reading.before.wait()
+                with self._lock:
+                    is_first, reading.is_begun = not reading.is_begun, True
+                    if is_first:
+                        self._copies.wait_event(reading.free)
+                for piece in group.copies:
+                    source = chunk.memory.tensor[piece.offset : piece.offset + piece.num_bytes]
+                    self._copy(source, begin + piece.position)
+                chunk.copied = self._api.Event()
+                chunk.copied.record(self._copies)
+        finally:
+            self._finish(reading, ready)
 
-    def _gather(self, name: str, source: ShardSource, begin: int, events: tuple[Any, Any]) -> None:
-        """Runs on the reader's thread: bring this rank's part to its place, then gather all of them."""
-        free, ready = events
-        self._num_shared += 1
-        self._copies.wait_event(free)
-        first = begin + source.begin
-        own = self._arena.tensor[first : first + source.part_bytes]
-        if not isinstance(source.own, StoredSource):
-            self._read_chunks(name, source.own.parts, first)
-        elif source.own.memory.device == self._device:
-            own = source.own.memory
-        else:
-            self._copy(source.own.memory, first)
-        with self._api.stream(self._copies):
-            source.sharers.all_gather_into(self._arena.tensor[begin : begin + source.num_bytes], own)
+    def _finish(self, reading: _Reading, ready: Any) -> None:
+        """One less to wait for; the last one records the event behind all copies of the fill."""
         with self._lock:
-            self.moved_bytes += source.num_bytes - source.part_bytes
-        ready.record(self._copies)
-
-    def _read_chunks(self, name: str, parts: Sequence[Part], begin: int) -> None:
-        if self._chunks is None:
-            self._chunks = queue.SimpleQueue()
-            for _ in range(_NUM_CHUNKS):
-                self._chunks.put((self._make_memory(_CHUNK_BYTES), None))
-        for group in _groups(parts):
-            begun_s = time.perf_counter()
-            first, last = group[0].position, group[-1].position + group[-1].num_bytes
-            chunk, copied = self._chunks.get()
-            try:
-                if copied is not None:
-                    copied.synchronize()
-                for part in group:
-                    at = part.position - first
-                    part.write(chunk.view[at : at + part.num_bytes])
-                self._copy(chunk.tensor[: last - first], begin + first)
-                copied = self._api.Event()
-                copied.record(self._copies)
-            finally:
-                self._chunks.put((chunk, copied))
-            self._note(name, begun_s, last - first)
+            reading.num_left -= 1
+            is_last = not reading.num_left
+        if is_last:
+            if not reading.is_begun:
+                self._copies.wait_event(reading.free)
+            ready.record(self._copies)
+            reading.is_over.set()
 
     def _note(self, name: str, begun_s: float, num_bytes: int) -> None:
         ended_s = time.perf_counter()
         with self._lock:
-            self._busy_s += ended_s - begun_s
+            self._read_s += ended_s - begun_s
         if self._timeline is not None:
-            self._timeline.add("fill", name, begun_s, ended_s, lane=_LANE, num_bytes=num_bytes)
-
-
-def _groups(parts: Sequence[Part]) -> Iterator[list[Part]]:
-    """Neighbouring parts that fit a chunk together."""
-    group: list[Part] = []
-    for part in parts:
-        if group and part.position + part.num_bytes - group[0].position > _CHUNK_BYTES:
-            yield group
-            group = []
-        group.append(part)
-    if group:
-        yield group
+            lane = threading.current_thread().name
+            self._timeline.add("fill", name, begun_s, ended_s, lane=lane, num_bytes=num_bytes)

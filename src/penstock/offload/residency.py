@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 import warnings
 import weakref
 from collections import deque
@@ -25,6 +24,7 @@ from penstock.offload.calls import is_in_call, is_running
 from penstock.offload.gradients import is_in_backward, refuse_backward
 from penstock.offload.likeness import hand_over
 from penstock.offload.tenants import Placements, State, Tenant
+from penstock.offload.timing import Stays
 from penstock.offload.transfer import Ticket, Transfer
 from penstock.offload.units import Weight
 from penstock.timeline import Timeline
@@ -49,7 +49,7 @@ class Residency:
         timeline: where waits and stays are noted, or None.
 
     Attributes:
-        exposed_wait_s: seconds that compute stood still for weights.
+        clock: measures what the device does.
         num_fills: fills so far.
         num_demanded: of these, fills that nobody had asked for ahead of use.
         last_filled: the last of these, the oldest first; as many as can be under way.
@@ -69,9 +69,9 @@ class Residency:
         self.arena = arena
         self._transfer = transfer
         self._proof = proof
-        self._timeline = timeline
+        self.clock = transfer.clock
+        self._stays = Stays(self.clock, timeline)
         self._lock = threading.RLock()
-        self.exposed_wait_s = 0.0
         self.num_fills = 0
         self.num_demanded = 0
         self.last_filled: deque[Tenant] = deque(maxlen=len(self.tenants))
@@ -90,6 +90,11 @@ class Residency:
             tenant.make_live(arena)
         self._version = arena.tensor._version
         _LIVING.add(self)
+
+    @property
+    def exposed_wait_s(self) -> float:
+        """Seconds that compute stood still for weights; waits for the device, where that has a clock of its own."""
+        return self._stays.waited_s
 
     def begin_run(self) -> None:
         """A component begins to run on this thread.
@@ -273,14 +278,15 @@ class Residency:
         tenant.source.check()
         first = self.arena.tensor[tenant.plan.begin : tenant.plan.begin + 1]
         first.zero_()  # no weight's byte: it tells autograd that what it may have kept of this place has gone
-        begun_s = time.perf_counter()
+        begun = self._stays.mark()
         tenant.ticket = self._submit(tenant)
+        if tenant.ticket.is_shared:  # the host may have waited for the reads of the unit before
+            self._stays.waited(tenant.name, begun, self._stays.mark())
         tenant.state = State.FILLING
         self.num_demanded += is_demanded
         self._held_bytes += tenant.plan.num_bytes
         self.peak_bytes = max(self.peak_bytes, self._held_bytes)
-        if self._timeline is not None:
-            self._timeline.entered(tenant.name, tenant.plan.num_bytes, begun_s)
+        self._stays.entered(tenant.name, tenant.plan.num_bytes, begun)
 
     def _submit(self, tenant: Tenant) -> Ticket:
         ticket = self._transfer.submit(tenant.name, tenant.source, tenant.plan.begin)
@@ -316,20 +322,17 @@ class Residency:
 
     def _receive(self, tenant: Tenant, ticket: Ticket) -> None:
         """Wait for a fill, check it, and put the weights where the modules look."""
-        begun_s = time.perf_counter()
+        begun = self._stays.mark()
         is_there = False
         try:
             self._transfer.wait(ticket)
-            ended_s = time.perf_counter()
+            self._stays.waited(tenant.name, begun, self._stays.mark())
             if self._proof is not None:
                 self._proof.verify(tenant.name, tenant.unit.pieces, tenant.layout, tenant.plan.begin)
             is_there = True
         finally:
             if not is_there:
                 self._give_up(tenant)
-        self.exposed_wait_s += ended_s - begun_s
-        if self._timeline is not None:
-            self._timeline.add("wait", tenant.name, begun_s, ended_s)
         tenant.bind(is_live=True)
         tenant.state = State.READY
         tenant.ticket = None
@@ -363,8 +366,7 @@ class Residency:
         self._held_bytes -= tenant.plan.num_bytes
         if self._proof is not None:
             self.arena.poison(tenant.plan.begin, tenant.plan.num_bytes)
-        if self._timeline is not None:
-            self._timeline.left(tenant.name, time.perf_counter())
+        self._stays.left(tenant.name)
 
 
 def _after_fork() -> None:

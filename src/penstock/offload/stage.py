@@ -5,7 +5,6 @@ Owns the hooks on one component and its blocks, and what is prefetched when. Doe
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -41,7 +40,6 @@ class Stage:
 
     Attributes:
         num_computed: stays of streamed blocks in which they ran, so far.
-        compute_s: seconds that they took, on the host's clock.
         saved_bytes: not moved, because several calls ran a block while it was there.
     """
 
@@ -64,10 +62,17 @@ class Stage:
         self._convoy = convoy or Convoy()
         self.schedule = self._supposed()
         self._undo = Undo()
-        self._begun_s = 0.0
+        self._device_clock = residency.clock
+        self._begun = self._device_clock.mark()
         self.num_computed = 0
-        self.compute_s = 0.0
+        self._compute_s = 0.0
         self.saved_bytes = 0
+
+    @property
+    def compute_s(self) -> float:
+        """Seconds that streamed blocks computed, so far, on the device's clock."""
+        self._device_clock.settle()
+        return self._compute_s
 
     @property
     def block_bytes(self) -> float:
@@ -132,7 +137,7 @@ class Stage:
         for tenant in self._tenants:
             if not tenant.unit.is_block:
                 self._residency.ready(tenant)  # what lies outside of blocks is needed first
-        self._begun_s = time.perf_counter()
+        self._begun = self._device_clock.mark()
 
     def _end(self, module: nn.Module, args: Any, output: Any) -> Any:
         self._residency.end_run()
@@ -140,7 +145,7 @@ class Stage:
         if self._convoy.end(self):
             self.schedule.end()
         if self._timeline is not None and not any(tenant.unit.is_block for tenant in self._tenants):
-            self._timeline.add("compute", self._tenants[0].name, self._begun_s, time.perf_counter())
+            self._note(self._tenants[0])
         return _apart(output, self._residency.arena.tensor)
 
     def _enter(self, tenant: Tenant, *_: Any) -> None:
@@ -151,12 +156,11 @@ class Stage:
             self.saved_bytes += written_bytes(tenant.source)  # it would have been driven out
         self._residency.use(tenant)
         self._ask(self._ahead - 1)
-        self._begun_s = time.perf_counter()
+        self._begun = self._device_clock.mark()
 
     def _leave(self, tenant: Tenant, _: nn.Module, args: Any, output: Any) -> None:
         """A streamed block has run: its slot is the next one's, unless other calls have come to the same block."""
         watch_backward([tenant], args, output)
-        self.compute_s += time.perf_counter() - self._begun_s
         self._note(tenant)
         if not self._convoy.leave(tenant):
             return
@@ -169,11 +173,12 @@ class Stage:
         if tenant.state is not State.READY:
             self._residency.ready(tenant)
         if self._timeline is not None:
-            self._begun_s = time.perf_counter()
+            self._begun = self._device_clock.mark()
 
     def _part(self, tenant: Tenant, _: nn.Module, args: Any, output: Any) -> None:
         watch_backward([tenant], args, output)
-        self._note(tenant)
+        if self._timeline is not None:
+            self._note(tenant)
 
     def _ask(self, count: int) -> None:
         """Ask for the next blocks, the nearest first; none that would drive out a nearer one."""
@@ -185,8 +190,15 @@ class Stage:
             nearer.append(tenant)
 
     def _note(self, tenant: Tenant) -> None:
-        if self._timeline is not None:
-            self._timeline.add("compute", tenant.name, self._begun_s, time.perf_counter())
+        """The device has computed, or will, what was launched since `_begun`."""
+
+        def tell(begin_s: float, end_s: float) -> None:
+            if tenant.plan.slot is not None:
+                self._compute_s += end_s - begin_s
+            if self._timeline is not None:
+                self._timeline.add("compute", tenant.name, begin_s, end_s)
+
+        self._device_clock.between(self._begun, self._device_clock.mark(), tell)
 
 
 def entries(module: nn.Module) -> list[nn.Module]:

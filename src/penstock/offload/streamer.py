@@ -168,7 +168,7 @@ class Streamer:
         if not num_bytes:
             return None
         place = device if self.plan.offload == "sharded" else torch.device("cpu")
-        self.store = HostStore(num_bytes, device.type == "cuda", place, self._settings.common)
+        self.store = HostStore(num_bytes, device.type == "cuda", place, self._settings.common, device)
         if self.plan.offload != "sharded":
             self.host_bytes = num_bytes // self.store.num_sharers
         return self.store
@@ -192,12 +192,26 @@ class Streamer:
     def measured(self, component: str) -> tuple[float, float] | None:
         """Seconds that a block of a component computes, and that one fills, on average; None before it ran."""
         stage = self._stages.get(component)
-        if stage is None or not stage.num_computed or not self.residency.num_fills or self.transfer.num_lanes == 0:
+        if stage is None or not stage.num_computed or not self.transfer.moved_bytes:
             return None
-        if self.arena.host is None:
-            return None  # on an accelerator the host's clock sees launches, not compute
-        fill_s = self.transfer.busy_s / self.transfer.num_lanes / self.transfer.moved_bytes * stage.block_bytes
+        fill_s = self.transfer.lane_s / self.transfer.moved_bytes * stage.block_bytes
         return stage.compute_s / stage.num_computed, fill_s
+
+    @property
+    def unpinned_bytes(self) -> int:
+        """Bytes of host memory that CUDA refused to pin."""
+        return self.transfer.unpinned_bytes + (self.store.unpinned_bytes if self.store is not None else 0)
+
+    def check_fills(self) -> None:
+        """See that what ranks gathered is what this one asked for, before anything made of it is given away.
+
+        Raises:
+            GenerationError: where it was another unit.
+
+        Cost: on CUDA it waits for the gatherings that were begun.
+        """
+        if isinstance(self.transfer, GatherTransfer):
+            self.transfer.check_fills(is_waiting=True)
 
     @property
     def streamed_denoisers(self) -> dict[str, torch.nn.Module]:
@@ -322,11 +336,9 @@ class Streamer:
 
 
 def _transfer(arena: Arena, timeline: Timeline | None, sharers: Sharers | None) -> Transfer:
-    if arena.tensor.device.type == "cuda":
-        return CudaTransfer(arena, timeline)
-    if sharers is not None:
-        return GatherTransfer(arena, timeline)
-    return HostTransfer(arena, timeline)
+    is_cuda = arena.tensor.device.type == "cuda"
+    own = CudaTransfer(arena, timeline) if is_cuda else HostTransfer(arena, timeline)
+    return own if sharers is None else GatherTransfer(own, timeline)
 
 
 def _move_fixed(partition: Partition, device: torch.device, undoing: Undo) -> None:

@@ -6,13 +6,18 @@ One interface, two ways: threads of the host, where the device's memory is the h
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
+
 from penstock.errors import GenerationError
+from penstock.offload.timing import Clock, HostClock, Tell
 from penstock.timeline import Timeline
 from penstock.weights.memory import Arena
 from penstock.weights.sources import Part, Source
@@ -50,15 +55,17 @@ def require_alone(num_shared: int) -> None:
 
 
 class Transfer(Protocol):
-    """Moves bytes to the device.
+    """Moves bytes to the device."""
 
-    Attributes:
-        num_lanes: how many fill side by side.
-        is_seen_by_torch: whether torch's counter of writes to the arena counts its writes.
-    """
+    @property
+    def clock(self) -> Clock:
+        """Measures what the device does."""
+        ...
 
-    num_lanes: int
-    is_seen_by_torch: bool
+    @property
+    def is_seen_by_torch(self) -> bool:
+        """Whether torch's counter of writes to the arena counts its writes."""
+        ...
 
     @property
     def moved_bytes(self) -> int:
@@ -67,7 +74,17 @@ class Transfer(Protocol):
 
     @property
     def busy_s(self) -> float:
-        """Seconds of filling."""
+        """Seconds of filling, those of readers that work side by side added up."""
+        ...
+
+    @property
+    def lane_s(self) -> float:
+        """Seconds of filling, those of readers that work side by side counted once."""
+        ...
+
+    @property
+    def unpinned_bytes(self) -> int:
+        """Bytes of its host memory that CUDA refused to pin."""
         ...
 
     def submit(self, name: str, source: Source, begin: int) -> Ticket:
@@ -103,6 +120,67 @@ class Transfer(Protocol):
         ...
 
 
+class Device(Transfer, Protocol):
+    """Moves bytes to the device, and gives it what ranks exchange there.
+
+    Attributes:
+        device: the arena's.
+    """
+
+    device: torch.device
+
+    def place(self, begin: int, num_bytes: int) -> torch.Tensor:
+        """Bytes of the arena."""
+        ...
+
+    def occupy(self) -> Any:
+        """This moment: all that compute was given so far may still read the place that is to be filled."""
+        ...
+
+    def launch(self, free: Any, own: Ticket | None, exchange: Callable[[], Any], tell: Tell) -> Any:
+        """Begin an exchange on this thread, behind what this rank brings itself.
+
+        Args:
+            free: what `occupy` returned.
+            own: the fill of this rank's part; None where it is there. The host waits for its reads.
+            exchange: begins it; returns what to wait for, or None.
+            tell: is told when it took place.
+
+        Returns:
+            What `join`, `let_end` and `has_ended` take.
+        """
+        ...
+
+    def join(self, launched: Any) -> None:
+        """What compute is given from now on may read what was exchanged."""
+        ...
+
+    def let_end(self, launched: Any) -> None:
+        """Nothing that fills the same place later comes before its end; whether it works is not asked."""
+        ...
+
+    def has_ended(self, launched: Any, is_waiting: bool = False) -> bool:
+        """Whether it is over on the device; `is_waiting` for it, so that it is."""
+        ...
+
+    def seen(self, name: str, stamp: torch.Tensor) -> torch.Tensor:
+        """A unit's number as the host can read it once the exchange that brings it has ended."""
+        ...
+
+
+class _Launched:
+    """An exchange that the host has begun.
+
+    Attributes:
+        work: what to wait for; None once that was done.
+    """
+
+    def __init__(self, work: Any, begun_s: float, tell: Tell) -> None:
+        self.work = work
+        self.begun_s = begun_s
+        self.tell: Tell | None = tell
+
+
 class HostTransfer:
     """Threads that write straight into the arena.
 
@@ -113,21 +191,32 @@ class HostTransfer:
     """
 
     is_seen_by_torch = False
+    unpinned_bytes = 0
 
     def __init__(self, arena: Arena, timeline: Timeline | None = None, num_threads: int = THREADS) -> None:
         assert arena.host is not None
+        self.device = arena.tensor.device
+        self.clock: Clock = HostClock()
         self._view = arena.host.view
+        with torch.inference_mode(False):
+            self._memory = torch.frombuffer(arena.host.view, dtype=torch.uint8)  # torch counts its writes apart
+        self._joined_s = 0.0
         self._timeline = timeline
         self._pool = _readers(num_threads)
         self._lock = threading.Lock()
         self.moved_bytes = 0
-        self.num_lanes = num_threads
+        self._num_threads = num_threads
         self._busy_s = 0.0
 
     @property
     def busy_s(self) -> float:
         """Seconds that readers took, summed over threads."""
         return self._busy_s
+
+    @property
+    def lane_s(self) -> float:
+        """Seconds that readers took, divided among them."""
+        return self._busy_s / self._num_threads
 
     def submit(self, name: str, source: Source, begin: int) -> Ticket:
         """Queue the source's parts; readers take them in order."""
@@ -150,16 +239,54 @@ class HostTransfer:
     def drain(self) -> None:
         """Drop what is queued, wait for what runs, and go on with fresh threads."""
         self._pool.shutdown(wait=True, cancel_futures=True)
-        self._pool = _readers(self.num_lanes)
+        self._pool = _readers(self._num_threads)
 
     def restart(self) -> None:
         """Fresh threads and locks."""
         self._lock = threading.Lock()
-        self._pool = _readers(self.num_lanes)
+        self._pool = _readers(self._num_threads)
 
     def close(self) -> None:
         """End the threads; what is queued is dropped."""
         self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def place(self, begin: int, num_bytes: int) -> torch.Tensor:
+        """Bytes of the arena; writes to them are not counted as changes of weights."""
+        return self._memory[begin : begin + num_bytes]
+
+    def occupy(self) -> None:
+        """Compute is over when the host is."""
+
+    def launch(self, free: None, own: Ticket | None, exchange: Callable[[], Any], tell: Tell) -> _Launched:
+        """Wait for this rank's reads, and begin."""
+        if own is not None:
+            self.wait(own)
+        return _Launched(exchange(), time.perf_counter(), tell)
+
+    def join(self, launched: _Launched) -> None:
+        """Wait for the exchange; its seconds begin where those of the one before it end."""
+        work, launched.work = launched.work, None
+        tell, launched.tell = launched.tell, None
+        if work is not None:
+            work.wait()
+        if tell is not None:
+            begun_s, self._joined_s = max(launched.begun_s, self._joined_s), time.perf_counter()
+            tell(begun_s, self._joined_s)
+
+    def let_end(self, launched: _Launched) -> None:
+        """Wait for the exchange; where it fails, another one tells."""
+        with contextlib.suppress(RuntimeError):
+            self.join(launched)
+
+    def has_ended(self, launched: _Launched, is_waiting: bool = False) -> bool:
+        """Whether it was waited for."""
+        if is_waiting:
+            self.join(launched)
+        return launched.tell is None
+
+    def seen(self, name: str, stamp: torch.Tensor) -> torch.Tensor:
+        """The number itself."""
+        return stamp
 
     def _fill(self, name: str, part: Part, begin: int) -> None:
         begun_s = time.perf_counter()

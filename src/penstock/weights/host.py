@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from penstock.weights.memory import HostMemory
+from penstock.weights.memory import HostMemory, take_device
 from penstock.weights.sources import Part, Source, SourceKind
 
 _THREADS = 4
@@ -43,12 +43,14 @@ class HostStore:
         num_bytes: of all that will be put in.
         is_pinned: for CUDA.
         device: where they stay; on another device than the host's, they are in host memory only while they are read.
+        copied_to: the device that they are copied to from there; that one if left out.
         common: where several processes keep the same, once for all of them. Each reads a part: all of it is there once
             `finish` has returned in all.
 
     Attributes:
         tensor: all of it.
         num_sharers: processes that keep it together.
+        unpinned_bytes: that CUDA refused to pin.
     """
 
     def __init__(
@@ -57,14 +59,19 @@ class HostStore:
         is_pinned: bool,
         device: torch.device | None = None,
         common: Common | None = None,
+        copied_to: torch.device | None = None,
     ) -> None:
         self._rank, self.num_sharers = (common.rank, common.size) if common is not None else (0, 1)
-        self._memory: HostMemory | None = HostMemory(num_bytes, is_pinned, common.file if common is not None else None)
+        file = common.file if common is not None else None
+        self._memory: HostMemory | None = HostMemory(num_bytes, is_pinned, file, copied_to or device)
+        self.unpinned_bytes = self._memory.unpinned_bytes
         self._num_parts = 0
         self.tensor = self._memory.tensor
         self._device = device or torch.device("cpu")
         self._used = 0
-        self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="penstock-loader")
+        self._pool = ThreadPoolExecutor(
+            _THREADS, thread_name_prefix="penstock-loader", initializer=take_device, initargs=(copied_to or device,)
+        )
         self._work: dict[Future[None], int] = {}
 
     def put(self, source: Source, num_bytes: int) -> StoredSource:

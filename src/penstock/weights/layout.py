@@ -11,7 +11,7 @@ Owns addresses relative to a unit's begin; does not know which unit lies where.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from penstock.weights.ranges import (
     ALIGNMENT_BYTES,
@@ -55,10 +55,25 @@ class Layout:
 def packed(pieces: Sequence[Piece]) -> Layout:
     """The layout for an accelerator, and for the host memory that is copied to it as a whole."""
     positions, cursor = [], ALIGNMENT_BYTES
+    runs: list[Run] = []
     for piece in pieces:
         positions.append(cursor)
+        if is_direct(piece):
+            place = _range(piece)
+            before = (
+                runs.pop() if runs and _goes_on(runs[-1], place, cursor) else Run(replace(place, num_bytes=0), cursor)
+            )
+            runs.append(
+                replace(before, range=replace(before.range, num_bytes=before.range.num_bytes + place.num_bytes))
+            )
         cursor = align(cursor + piece.num_bytes, ALIGNMENT_BYTES)
-    return Layout(tuple(positions), cursor)
+    return Layout(tuple(positions), cursor, tuple(runs))
+
+
+def _goes_on(run: Run, place: FileRange, position: int) -> bool:
+    """Whether a range follows a run in the file, and as closely on the device."""
+    end = run.range.offset + run.range.num_bytes
+    return run.range.file == place.file and place.offset == end and position == run.position + run.range.num_bytes
 
 
 def paged(pieces: Sequence[Piece], is_shared: bool = False) -> Layout:

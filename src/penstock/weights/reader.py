@@ -1,13 +1,16 @@
 """Reads byte ranges of checkpoint files into memory that is given; any thread may call it.
 
 `preadv` releases the GIL, so that readers work beside compute. Direct reads (O_DIRECT) go past the page cache, at a
-tenth of the CPU's time, and are right where the cache could not hold the files anyway; a file system without them is
-read in the usual way.
+tenth of the CPU's time, and are right where the cache could not hold the files anyway. Where the memory that is given
+does not lie as they need it, they go through pages of the reader's thread, with a copy more. A file system without them
+is read in the usual way, and what was so read is counted.
 """
 
 from __future__ import annotations
 
+import ctypes
 import errno
+import mmap
 import os
 import threading
 import weakref
@@ -17,9 +20,10 @@ from pathlib import Path
 from penstock.errors import WeightsError
 from penstock.weights.index import REDO
 from penstock.weights.maps import file_identity
-from penstock.weights.ranges import PAGE_BYTES, FileRange
+from penstock.weights.ranges import PAGE_BYTES, FileRange, align
 
 _DIRECT: int = getattr(os, "O_DIRECT", 0)
+_THROUGH_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -42,13 +46,15 @@ class FileReader:
 
     Attributes:
         read_bytes: bytes read so far, rounded to whole pages for direct reads.
+        cached_bytes: of these, read through the page cache although direct reads were asked for.
     """
 
     def __init__(self, is_direct: bool = False) -> None:
-        self._is_direct = is_direct and _DIRECT != 0
+        self._is_direct = is_direct
         self._lock = threading.Lock()
         self._files: dict[Path, _Open] = {}
-        self.read_bytes = 0
+        self.read_bytes = self.cached_bytes = 0
+        self._pages = threading.local()
         weakref.finalize(self, _close_all, self._files)
         _LIVING.add(self)
 
@@ -68,7 +74,7 @@ class FileReader:
             self._files[file] = _Open(buffered, self._open_direct(file), file_identity(buffered))
 
     def _open_direct(self, file: Path) -> int | None:
-        if not self._is_direct:
+        if not self._is_direct or not _DIRECT:
             return None
         try:
             return os.open(file, os.O_RDONLY | _DIRECT)
@@ -113,35 +119,62 @@ class FileReader:
         self.open(place.file)
         file = self._files[place.file]
         before, after = margin
-        offset, needed = place.offset - before, before + place.num_bytes
-        length = needed + after
-        descriptor = file.buffered
-        if file.direct is not None and offset % PAGE_BYTES == 0 and length % PAGE_BYTES == 0:
-            descriptor = file.direct
-        else:
-            offset, needed, length, target = place.offset, place.num_bytes, place.num_bytes, target[before:]
-        done = 0
-        while done < needed:
+        if file.direct is None or not place.num_bytes:
+            return self._read(file, place, target[before : before + place.num_bytes])
+        is_aligned = (place.offset - before) % PAGE_BYTES == 0 and (
+            place.offset + place.num_bytes + after
+        ) % PAGE_BYTES == 0
+        if is_aligned and _address(target) % PAGE_BYTES == 0:
+            wide = FileRange(place.file, place.offset - before, before + place.num_bytes)
+            return self._read(file, wide, target[: before + place.num_bytes + after], file.direct)
+        return self._read_through_pages(file, place, target[before : before + place.num_bytes])
+
+    def _read_through_pages(self, file: _Open, place: FileRange, target: memoryview) -> int:
+        """Read directly, whole pages at a time, into memory of this thread, and copy from there."""
+        if not hasattr(self._pages, "memory"):
+            self._pages.memory = memoryview(mmap.mmap(-1, _THROUGH_BYTES))
+        memory: memoryview = self._pages.memory
+        done = num_read = 0
+        while done < place.num_bytes:
+            skipped = (place.offset + done) % PAGE_BYTES
+            count = min(place.num_bytes - done, _THROUGH_BYTES - skipped)
+            wide = FileRange(place.file, place.offset + done - skipped, skipped + count)
+            num_read += self._read(file, wide, memory[: align(skipped + count, PAGE_BYTES)], file.direct)
+            target[done : done + count] = memory[skipped : skipped + count]
+            done += count
+        return num_read
+
+    def _read(self, file: _Open, place: FileRange, target: memoryview, direct: int | None = None) -> int:
+        """Read a range, and as much behind it as the target has room for; directly with a descriptor for that."""
+        descriptor, done, cached = file.buffered if direct is None else direct, 0, 0
+        while done < place.num_bytes:
             try:
-                got = os.preadv(descriptor, [target[done:length]], offset + done)
+                got = os.preadv(descriptor, [target[done:]], place.offset + done)
             except OSError as error:
-                if descriptor == file.direct and error.errno == errno.EINVAL:
-                    descriptor = file.buffered  # the target's address, or the rest of a short read, is no multiple
+                if descriptor == direct and error.errno == errno.EINVAL:
+                    descriptor = file.buffered  # the rest of a short read is no multiple, or the file system refuses
                     continue
                 raise WeightsError(f"{place.file}: cannot be read: {error.strerror}. {REDO}") from error
             if got == 0:
+                missing = place.num_bytes - done
                 raise WeightsError(
-                    f"{place.file}: ends at byte {offset + done}, {needed - done} bytes too soon. {REDO}"
+                    f"{place.file}: ends at byte {place.offset + done}, {missing} bytes too soon. {REDO}"
                 )
             done += got
+            cached += got if descriptor != direct else 0
         with self._lock:
             self.read_bytes += done
+            self.cached_bytes += cached if self._is_direct else 0
         return done
 
     def close(self) -> None:
         """Close all files."""
         with self._lock:
             _close_all(self._files)
+
+
+def _address(memory: memoryview) -> int:
+    return ctypes.addressof(ctypes.c_char.from_buffer(memory))
 
 
 def _close_all(files: dict[Path, _Open]) -> None:

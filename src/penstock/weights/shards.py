@@ -32,8 +32,17 @@ class Sharers(Protocol):
         """How many they are."""
         ...
 
-    def all_gather_into(self, parts: torch.Tensor, tensor: torch.Tensor) -> object:
-        """Fill `parts` with every rank's `tensor`, in rank order; all ranks call it in the same order."""
+    def all_gather_into(self, parts: torch.Tensor, tensor: torch.Tensor, is_async: bool = False) -> object:
+        """Fill `parts` with every rank's `tensor`, in rank order; all ranks call it in the same order.
+
+        Args:
+            parts: contiguous.
+            tensor: contiguous; it may be a part of `parts`.
+            is_async: only begin.
+
+        Returns:
+            What to wait for; None where it is done, or in the order of the device's current stream.
+        """
         ...
 
 

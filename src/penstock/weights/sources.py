@@ -31,7 +31,8 @@ class Part:
         position: in the unit, of the first byte written.
         num_bytes: how many.
         write: fills the memory it is given, margins included; may be called on any thread, any number of times.
-        margin: bytes before and after that `write` may use as well, and leaves undefined.
+        margin: bytes before and after that `write` may use as well, and leaves undefined: whole pages of a file. In a
+            layout of whole pages nothing else lies there; elsewhere a part is to be written apart from the others.
     """
 
     position: int

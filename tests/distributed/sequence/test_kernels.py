@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from penstock.distributed.sequence import kernels
 from penstock.distributed.sequence.kernels import attend_part, merge
 from penstock.errors import ConfigError
 from tests.distributed.sequence.pieces import noise
@@ -68,3 +69,27 @@ def test_a_device_without_such_a_kernel_is_refused() -> None:
     tensor = noise(1, 4, 2, 8).to("meta")
     with pytest.raises(ConfigError, match=r"meta has none\. Use ulysses_degree"):
         attend_part(tensor, tensor, tensor, None, None)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("head_dim", "scale"), [(40, None), (72, 0.3), (36, None), (81, None)])
+def test_cuda_gets_heads_of_a_size_that_its_kernels_take(
+    head_dim: int, scale: float | None, masked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernels themselves are stood in for by the CPU's, which refuse what CUDA's refuse."""
+    sizes: list[int] = []
+
+    def kernel(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None) -> kernels.Part:
+        assert {tensor.shape[-1] % 8 for tensor in (query, key, value)} == {0}
+        sizes.append(query.shape[-1])
+        return kernels._attend_cpu(query, key, value, mask, scale)
+
+    monkeypatch.setattr(kernels, "_kernel_of_cuda", kernel)
+    query, key, value = (noise(2, 4, 12, head_dim, seed=seed) for seed in range(3))  # (batch, heads, tokens, head_dim)
+    mask = noise(2, 1, 12, 12, seed=3) if masked else None
+    output, lse = kernels._attend_cuda(query, key, value, mask, scale)
+    wanted, wanted_lse = kernels._attend_cpu(query, key, value, mask, scale)
+    assert sizes == [-(-head_dim // 8) * 8]
+    assert output.shape == wanted.shape
+    torch.testing.assert_close(output, wanted)
+    torch.testing.assert_close(lse, wanted_lse)

@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from penstock.distributed import parallel_state
+from penstock.distributed.environment import exchange_timeout
 from penstock.distributed.group import Group, Work
 from penstock.distributed.hsdp.config import HSDPInferenceConfig, ShardingError
 from penstock.distributed.hsdp.order import Order
@@ -90,8 +91,19 @@ def shard_mesh(device_type: str, replicate: int, shard: int) -> DeviceMesh:
     key = (dist.group.WORLD, device_type, replicate, shard)
     if key not in _MESHES:
         ranks = torch.arange(replicate * shard).view(replicate, shard)
-        _MESHES[key] = DeviceMesh(device_type, ranks, mesh_dim_names=AXES)
+        groups: Any = [_axis_group(ranks.T.tolist()), _axis_group(ranks.tolist())]
+        _MESHES[key] = DeviceMesh.from_group(groups, device_type, mesh=ranks, mesh_dim_names=AXES)
     return _MESHES[key]
+
+
+def _axis_group(rows: list[list[int]]) -> dist.ProcessGroup:
+    """This rank's row; its group has the time-out that the ranks were started with."""
+    if len(rows) == 1:
+        return cast("dist.ProcessGroup", dist.group.WORLD)
+    made = [dist.new_group(row, timeout=exchange_timeout()) for row in rows]
+    return cast(
+        "dist.ProcessGroup", next(group for row, group in zip(rows, made, strict=True) if dist.get_rank() in row)
+    )
 
 
 def shard_group(mesh: DeviceMesh) -> Group:

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from penstock.errors import ConfigError
 
+_HEAD_MULTIPLE = 8  # of a head's size, that CUDA's kernels take
+
 Part = tuple[Tensor, Tensor]
 """Attention over some keys: output (batch, tokens, heads, head_dim) and log-sum-exp (batch, tokens, heads, 1)."""
 
@@ -77,6 +79,16 @@ def _attend_cpu(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, 
 
 
 def _attend_cuda(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None) -> Part:
+    head_dim = query.shape[-1]
+    missing = -head_dim % _HEAD_MULTIPLE
+    if missing:  # zeros change no score, and their outputs are left out
+        scale = head_dim**-0.5 if scale is None else scale
+        query, key, value = (torch.nn.functional.pad(tensor, (0, missing)) for tensor in (query, key, value))
+    output, lse = _kernel_of_cuda(query, key, value, mask, scale)
+    return output[..., :head_dim], lse
+
+
+def _kernel_of_cuda(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None) -> Part:
     if mask is None and query.dtype in (torch.float16, torch.bfloat16) and query.shape[-1] <= 256:
         output, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
             query, key, value, 0.0, False, False, scale=scale
