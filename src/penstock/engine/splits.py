@@ -23,6 +23,7 @@ from penstock.distributed.stages import apply_stages, check_stages
 from penstock.distributed.tensor import apply_tensor, check_tensor
 from penstock.distributed.tiles import apply_tiles, check_tiles
 from penstock.distributed.whole import refuse_while_split
+from penstock.engine.attachments import requirement
 from penstock.engine.together import Meeting, apply_agreement, apply_together, shares_weights
 from penstock.errors import ConfigError
 from penstock.models.components import discover
@@ -112,13 +113,14 @@ def split_weights(pipeline: Any, mesh: Mesh) -> Undo:
     return undo
 
 
-def split_work(pipeline: Any, mesh: Mesh, meeting: Meeting | None = None) -> Undo:
+def split_work(pipeline: Any, mesh: Mesh, meeting: Meeting | None = None, *, is_streaming: bool = False) -> Undo:
     """Split what a placed pipeline computes.
 
     Args:
         pipeline: whose weights are where they will be.
         mesh: all other axes.
         meeting: of the ranks that share its weights.
+        is_streaming: whether its weights stream.
 
     Returns:
         What takes it back.
@@ -129,7 +131,8 @@ def split_work(pipeline: Any, mesh: Mesh, meeting: Meeting | None = None) -> Und
         undo.add(_use(mesh))
         for denoiser in _modules(pipeline, "denoiser"):
             undo.add(apply_sequences(denoiser, mesh).run)
-            undo.add(apply_guidance(denoiser, mesh["cfg"], lockstep=shares_weights(mesh)).run)
+            require = requirement(pipeline, denoiser, mesh, is_streaming)
+            undo.add(apply_guidance(denoiser, mesh["cfg"], lockstep=shares_weights(mesh), require=require).run)
             if any(mesh[axis].size > 1 for axis in ("sequence", "tensor", "pipeline", "shard")):
                 undo.add(apply_agreement(denoiser, mesh).run)
         if shares_weights(mesh):
