@@ -292,7 +292,7 @@ def allowed(moved: tuple[Difference, ...], dtype: torch.dtype) -> float:
 
 
 @contextmanager
-def rounded_otherwise(pipeline: Any, roles: Collection[Role] = ("denoiser",)) -> Iterator[None]:
+def rounded_otherwise(pipeline: Any, roles: Collection[Role] = frozenset({"denoiser"})) -> Iterator[None]:
     """Move what each layer of some components returns by a unit in its last place inside, up or down at random.
 
     A sum in another order does about that to a layer; how much of it reaches the picture depends on the model. The
