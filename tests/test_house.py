@@ -23,6 +23,7 @@ OTHER_SOURCES = [
 
 NOUNS = {
     *("bytesize", "config", "errors", "machine", "plan", "profile", "report", "request", "timeline", "undo", "waits"),
+    "interception",
     "wire",
 }
 MAY_IMPORT = {

@@ -24,7 +24,6 @@ from penstock.distributed.guidance.futures import wait
 from penstock.engine.generate import call
 from penstock.engine.outputs import read_output
 from penstock.engine.standin import stand_in
-from penstock.engine.together import stock_class
 from penstock.models.components import discover
 from penstock.models.sizes import output_kind
 
@@ -80,7 +79,7 @@ class Previews:
 
         Cost: one pass of the VAE's decoder; on an offloaded pipeline it has to come to the device for it.
         """
-        shown: Any = object.__new__(stock_class(type(self._pipeline)))
+        shown: Any = object.__new__(type(self._pipeline))
         own = vars(shown)  # what is set there is registered nowhere
         own.update(vars(self._pipeline))
         own.pop("progress_bar", None)
@@ -144,13 +143,12 @@ class _Nothing(tuple[Any]):
 
 def _still_scheduler(scheduler: Any, latents: Any) -> Any:
     """A copy of a scheduler whose steps all give these latents."""
-    owner = type(scheduler)
 
-    def step(self: Any, *args: Any, **kwargs: Any) -> _Step:
+    def step(*args: Any, **kwargs: Any) -> _Step:
         return _Step((latents,))
 
-    still = owner.from_config(scheduler.config)
-    still.__class__ = type(owner.__name__, (owner,), {"step": step, "__module__": owner.__module__})
+    still = type(scheduler).from_config(scheduler.config)
+    vars(still)["step"] = step  # a function of nobody: copies of the scheduler have it as well
     return still
 
 

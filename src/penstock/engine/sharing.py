@@ -6,7 +6,6 @@ off (`penstock.distributed.guidance.deferral`) or advance (`penstock.offload.con
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -17,6 +16,7 @@ from penstock.distributed.guidance.deferral import Deferral, apply_deferral
 from penstock.distributed.guidance.futures import wait
 from penstock.distributed.mesh import Mesh
 from penstock.errors import ConfigError
+from penstock.interception import intercept
 from penstock.offload.streamer import Streamer
 from penstock.undo import Undo
 
@@ -65,8 +65,15 @@ class Sharing:
         with Undo() as undo:
             for name, denoiser in streamer.streamed_denoisers.items():
                 undo.add(apply_deferral(denoiser, self._deferral, partial(streamer.announce, name)).run)
-            undo.add(_swap(pipeline, __call__=_deferring(type(pipeline).__call__, self._deferral)))
+            undo.add(intercept(pipeline, "__call__", self._defer).run)
         return undo
+
+    def _defer(self, execute: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Makes a call of the pipeline, within which calls of its denoisers are put off."""
+        assert self._deferral is not None  # installed
+        with schedulers_that_wait(self._pipeline), self._deferral.run():
+            result = execute(*args, **kwargs)
+        return wait(result)
 
     def notes(self) -> tuple[str, ...]:
         """Where sharing was asked for and does nothing, or not for all calls, the reason."""
@@ -86,40 +93,18 @@ class Sharing:
         return tuple(notes)
 
 
-def _deferring(stock_call: Callable[..., Any], deferral: Deferral) -> Callable[..., Any]:
-    @functools.wraps(stock_call)
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with schedulers_that_wait(self), deferral.run():
-            result = stock_call(self, *args, **kwargs)
-        return wait(result)
-
-    return call
-
-
 @contextmanager
 def schedulers_that_wait(pipeline: Any) -> Iterator[None]:
     """Inside, a scheduler gets predictions that are there: when a step is counted, it has been computed.
 
-    The class is replaced, because pipelines copy schedulers.
+    So do the copies of a scheduler that a pipeline makes.
     """
     with ExitStack() as stack:
         for part in list(vars(pipeline).values()):
             if callable(getattr(part, "step", None)) and hasattr(part, "timesteps"):
-                stack.callback(_swap(part, step=_waiting(type(part).step)))
+                stack.callback(intercept(part, "step", _waiting, with_copies=True).run)
         yield
 
 
-def _waiting(stock_step: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(stock_step)
-    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return stock_step(self, *wait(args), **wait(kwargs))
-
-    return step
-
-
-def _swap(owner: Any, **methods: Callable[..., Any]) -> Callable[[], None]:
-    """Replace the class of an object by one that looks the same but for some methods; what gives the class back."""
-    stock = type(owner)
-    names = {name: getattr(stock, name) for name in ("__module__", "__qualname__", "__doc__")}
-    owner.__class__ = type(stock.__name__, (stock,), {**names, **methods})
-    return lambda: setattr(owner, "__class__", stock)
+def _waiting(step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return step(*wait(args), **wait(kwargs))

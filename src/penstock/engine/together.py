@@ -28,11 +28,11 @@ from penstock.distributed.mesh import Mesh
 from penstock.distributed.watch import current_watch
 from penstock.engine.sharing import schedulers_that_wait
 from penstock.errors import GenerationError, RequestError
+from penstock.interception import intercept
 from penstock.models.words import word_of
 from penstock.undo import Undo
 
 _CALLBACKS = ("callback_on_step_end", "callback")
-_STOCK = "_penstock_stock"
 _PATIENCE_S = 20.0
 """How long a rank waits for others to make the same call by hand: long beside what computes, short beside a hang."""
 _OF_DIFFUSERS = (
@@ -116,12 +116,12 @@ def apply_together(pipeline: Any, mesh: Mesh, meeting: Meeting | None = None) ->
     wait for it. Inside, `mesh` is the one in use, and calls of denoisers are shared out (`guidance`).
 
     Args:
-        pipeline: any callable object; its class is replaced by one of the same name.
+        pipeline: any callable object; its class stays.
         mesh: whose `replica` axis holds these ranks.
         meeting: is held before each call, of ranks that share weights.
 
     Returns:
-        What gives the class back.
+        What takes it back.
 
     Raises:
         RequestError: (from the call, on every rank) where ranks are called with different arguments: numbers, texts,
@@ -130,37 +130,25 @@ def apply_together(pipeline: Any, mesh: Mesh, meeting: Meeting | None = None) ->
     Cost: per call three small exchanges, four where weights are shared; tensors and pictures among the arguments are
     read once (`word_of`).
     """
-    undo = Undo()
-    stock = type(pipeline)
     group = mesh["replica"]
     meeting = meeting or Meeting(mesh)
     if group.size == 1 or not callable(pipeline):
-        return undo
+        return Undo()
 
-    @functools.wraps(stock.__call__)
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def call(execute: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with current_watch(group.ranks) or nullcontext():
             _require_equal(group, args, kwargs)
             meeting.hold()
             _share_random_states(mesh, args, kwargs)
             meeting.is_apart = True
-            waiting = schedulers_that_wait(self) if shares_weights(mesh) else nullcontext()
+            waiting = schedulers_that_wait(pipeline) if shares_weights(mesh) else nullcontext()
             with waiting, parallel_state.using(mesh), rounds_of(mesh["cfg"]).run():
-                result = stock.__call__(self, *args, **_seeing_callbacks(kwargs))
+                result = execute(*args, **_seeing_callbacks(kwargs))
             result = wait(result)
             meeting.is_apart = False
             return result
 
-    names = {name: getattr(stock, name) for name in ("__module__", "__qualname__", "__doc__")}
-    names[_STOCK] = stock
-    undo.add(lambda: setattr(pipeline, "__class__", stock))
-    pipeline.__class__ = type(stock.__name__, (stock,), {**names, "__call__": call})
-    return undo
-
-
-def stock_class(owner: type) -> type:
-    """The class that a pipeline had before ranks called it as one; the same where they do not."""
-    return getattr(owner, _STOCK, owner)
+    return intercept(pipeline, "__call__", call)
 
 
 def shares_weights(mesh: Mesh) -> bool:

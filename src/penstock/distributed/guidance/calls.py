@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 import re
-import types
 from collections.abc import Callable, Hashable
 from functools import partial
 from typing import Any
@@ -20,6 +19,7 @@ from penstock.distributed.group import Group
 from penstock.distributed.guidance.batches import Batch, UnsplittableError, batch_of, mixes_samples
 from penstock.distributed.guidance.futures import wait
 from penstock.distributed.guidance.rounds import OutputForm, Rounds, rounds_of
+from penstock.interception import intercept
 from penstock.undo import Undo
 
 _CONDITIONS = re.compile(r"encoder|caption|cap_feats|pooled|txt|text|prompt|clip|mask|_ids$|rope|rotary")
@@ -37,7 +37,7 @@ def apply_guidance(denoiser: nn.Module, group: Group, *, lockstep: bool = False)
     guidance there is nothing to share: one rank computes, and the others receive.
 
     Only calls of the module are intercepted, so its hooks run only where a call is executed. Everything else about
-    it, its class's name included, stays. What a call changes besides its output, such as a cache or the random state,
+    it, its class included, stays. What a call changes besides its output, such as a cache or the random state,
     is changed only on the rank that executes it; the same prediction of every step goes to the same rank.
 
     All of this only inside of `rounds_of(group).run()`, which surrounds what all ranks do alike. Outside, where nobody
@@ -57,47 +57,7 @@ def apply_guidance(denoiser: nn.Module, group: Group, *, lockstep: bool = False)
     """
     if group.size == 1:
         return Undo()
-    return intercepted(denoiser, _Calls(denoiser, group, lockstep).make)
-
-
-Make = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
-"""Makes a call: given what executes it, and its arguments."""
-
-
-def intercepted(denoiser: nn.Module, make: Make) -> Undo:
-    """Have the calls of a denoiser made by somebody else; calls of its methods are not.
-
-    Args:
-        denoiser: whose class is replaced by one that looks the same.
-        make: makes the calls.
-
-    Returns:
-        What takes it back.
-    """
-    undo = Undo()
-    stock = type(denoiser)
-
-    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return make(partial(stock.__call__, self), args, kwargs)
-
-    names = {name: getattr(stock, name) for name in ("__module__", "__qualname__", "__doc__")}
-    guided = types.new_class(
-        stock.__name__, (stock,), exec_body=lambda body: body.update(names, __call__=call, __reduce_ex__=_reduce)
-    )
-
-    def restore() -> None:
-        if type(denoiser) is guided:
-            denoiser.__class__ = stock
-
-    undo.add(restore)
-    denoiser.__class__ = guided
-    return undo
-
-
-def _reduce(denoiser: nn.Module, protocol: Any) -> Any:
-    """What copies and pickles are made of: the stock class."""
-    stock = type(denoiser).__bases__[0]
-    return object.__new__, (stock,), denoiser.__getstate__()  # type: ignore[no-untyped-call]
+    return intercept(denoiser, "__call__", _Calls(denoiser, group, lockstep).make)
 
 
 class _Calls:

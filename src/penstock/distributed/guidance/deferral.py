@@ -20,11 +20,12 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves
 
-from penstock.distributed.guidance.calls import intercepted, kind_of, named
+from penstock.distributed.guidance.calls import kind_of, named
 from penstock.distributed.guidance.futures import FutureTensor, wait
 from penstock.distributed.guidance.rounds import OutputForm, TensorForm
 from penstock.distributed.guidance.surroundings import Surroundings, hindrance, kept, random_state, settings_of
 from penstock.errors import GenerationError
+from penstock.interception import intercept
 from penstock.undo import Undo
 
 RunTogether = Callable[[Sequence[Callable[[], Any]], bool], list[Any]]
@@ -43,7 +44,7 @@ def apply_deferral(denoiser: nn.Module, deferral: Deferral, announce: Callable[[
     of a denoiser that draws random numbers.
 
     Only inside of `deferral.run()`, which surrounds the pipeline's call. Everything else about the denoiser, its
-    class's name included, stays.
+    class included, stays.
 
     Args:
         denoiser: of a pipeline; several share their deferral.
@@ -55,7 +56,7 @@ def apply_deferral(denoiser: nn.Module, deferral: Deferral, announce: Callable[[
 
     Cost: a copy of each call's arguments until it is made; some microseconds per module of the denoiser.
     """
-    return intercepted(denoiser, _Calls(denoiser, deferral, announce).make)
+    return intercept(denoiser, "__call__", _Calls(denoiser, deferral, announce).make)
 
 
 @dataclass(eq=False)
