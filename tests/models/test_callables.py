@@ -244,6 +244,6 @@ def test_a_home_is_that_of_the_code() -> None:
     disguised.__module__ = "torch.nn"
     assert home_of(disguised) == __name__ and not is_of_library(disguised)
     assert home_of(partial(net.forward)) == __name__
-    assert home_of(torch.compile(nn.Linear(1, 1).forward, backend="eager")) == "torch.nn.modules.linear"
+    assert is_of_library(torch.compile(nn.Linear(1, 1).forward, backend="eager"))
     assert is_of_library(print) and is_of_library(nn.Linear.forward) and not is_of_library(Store())
     assert name_of(disguised).endswith("test_a_home_is_that_of_the_code.<locals>.<lambda>")

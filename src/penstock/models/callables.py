@@ -113,6 +113,22 @@ def habits_of(call: Any, owner: object = None) -> Habits:
     return Habits(keeps_state, reading.looks_across or reading.slices, is_watcher and _returns_nothing(call))
 
 
+def keeps_state(thing: object) -> bool:
+    """Whether an object may keep something from one call of its methods to the next, whoever wrote its class.
+
+    Args:
+        thing: not a module of torch's own; a module's weights are no state.
+    """
+    reading = _Reading(thing)
+    held = vars(thing).items() if hasattr(thing, "__dict__") else ()
+    is_module = isinstance(thing, nn.Module)
+    reading.reach([value for name, value in held if not (is_module and name in vars(nn.Module()))])
+    for kind in type(thing).__mro__:
+        if kind.__module__.partition(".")[0] not in ("builtins", "torch", "abc", "typing"):
+            reading.read_methods(kind)
+    return reading.keeps_state or (reading.sets_items and reading.has_tensors)
+
+
 class _Reading:
     """One callable, and all that it leads to."""
 
@@ -132,27 +148,34 @@ class _Reading:
         self._seen.add(id(call))
         if isinstance(call, partial):
             self.read(call.func)
-            self._reach([*call.args, *call.keywords.values()])
+            self.reach([*call.args, *call.keywords.values()])
         elif isinstance(call, types.MethodType):
             if _is_own_forward(call):
                 return
             self.read(call.__func__)
-            self._reach([call.__self__])
+            self.reach([call.__self__])
         elif callable(inner := getattr(call, "_torchdynamo_orig_callable", None)):
             self.read(inner)
         elif isinstance(call, types.FunctionType):
             if not is_of_library(call) or call.__closure__:
                 self._read_function(call)
         elif not inspect.isroutine(call):
-            self._reach([call])
+            self.reach([call])
             if isinstance(method := inspect.getattr_static(type(call), "__call__", None), types.FunctionType):
                 self.read(method)
 
+    def read_methods(self, kind: type) -> None:
+        for name, method in vars(kind).items():
+            if isinstance(method, types.FunctionType) and name not in _MAKES:
+                self._read_codes(method)
+
     def _read_function(self, function: types.FunctionType) -> None:
         cells = [cell.cell_contents for cell in function.__closure__ or () if _is_filled(cell)]
-        self._reach([*cells, *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()])
-        if is_of_library(function):
-            return  # only what it was given is others'
+        self.reach([*cells, *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()])
+        if not is_of_library(function):  # else only what it was given is others'
+            self._read_codes(function)
+
+    def _read_codes(self, function: types.FunctionType) -> None:
         outer = set(function.__code__.co_freevars)
         for code in _codes(function.__code__):
             for step in dis.get_instructions(code):
@@ -168,7 +191,7 @@ class _Reading:
         if step.opname == "IMPORT_NAME" and not _is_trusted(name):
             self.keeps_state = True
         if step.opname == "LOAD_GLOBAL":
-            self._reach([names[name]] if name in names else [])
+            self.reach([names[name]] if name in names else [])
         if step.opname in ("LOAD_ATTR", "LOAD_METHOD"):
             self._read_attribute(name)
 
@@ -177,22 +200,22 @@ class _Reading:
             self.keeps_state = self.works_in_place = True
         own = getattr(self._owner, "__dict__", {})
         if name in own:
-            self._reach([own[name]])
+            self.reach([own[name]])
         elif name in own.get("_buffers", ()) or name in own.get("_parameters", ()):
             self.has_tensors = True
         elif self._owner is not None:
             found = inspect.getattr_static(type(self._owner), name, None)
             if isinstance(found, (types.FunctionType, *_CHANGEABLE)):
-                self._reach([found])
+                self.reach([found])
 
-    def _reach(self, values: Iterable[Any]) -> None:
+    def reach(self, values: Iterable[Any]) -> None:
         """What the function can get at: others' functions are read as well, and what may change is state."""
         for value in values:
             self.has_tensors |= isinstance(value, Tensor)
             if value is self._owner or isinstance(value, (Tensor, *_CONSTANTS, *_STILL)):
                 continue
             if isinstance(value, (tuple, frozenset)):
-                self._reach(value)
+                self.reach(value)
             elif isinstance(value, (types.FunctionType, types.MethodType, partial)):
                 self.read(value)
             elif id(value) not in self._seen:
@@ -204,16 +227,16 @@ class _Reading:
             self.keeps_state |= not _is_trusted(value.__name__)
         elif isinstance(value, type):
             is_others = not _is_trusted(value.__module__)
-            self._reach([found for found in vars(value).values() if is_others and isinstance(found, _CHANGEABLE)])
+            self.reach([found for found in vars(value).values() if is_others and isinstance(found, _CHANGEABLE)])
         elif isinstance(value, nn.Module):
             self.keeps_state |= not _is_trusted(type(value).__module__)
         elif isinstance(value, _CHANGEABLE) or not hasattr(value, "__dict__"):
             self.keeps_state |= isinstance(value, _CHANGEABLE) or not callable(value)  # C functions keep nothing
         else:
-            self._reach(list(vars(value).values()))
-            others = [kind for kind in type(value).__mro__ if not _is_trusted(kind.__module__)]
-            methods = [method for kind in others for name, method in vars(kind).items() if name not in _MAKES]
-            self._reach([method for method in methods if isinstance(method, types.FunctionType)])
+            self.reach(list(vars(value).values()))
+            for kind in type(value).__mro__:
+                if not _is_trusted(kind.__module__):
+                    self.read_methods(kind)
 
 
 def _is_own_forward(call: types.MethodType) -> bool:
