@@ -31,6 +31,13 @@ from penstock.models.rows.table import blocks_of, row_of
 from penstock.undo import Undo
 
 _OFF = "Use pipeline_parallel_size=1"
+_SENDABLE = {
+    "torch.nn.parameter.Parameter",
+    "diffusers.quantizers.gguf.utils.GGUFParameter",
+    "bitsandbytes.nn.modules.Params4bit",
+    "bitsandbytes.nn.modules.Int8Params",
+}
+"""Kinds of weights that are one tensor in memory."""
 
 
 @dataclass(frozen=True)
@@ -192,6 +199,7 @@ def _deal(denoiser: nn.Module, row: Row | None, size: int) -> list[list[_Dealt]]
                 f"{block.path} of {owner} has no weights: another rank holds them, and they were let go here. "
                 "Load the pipeline again."
             )
+        _require_sendable(owner, block, size)
     ends = list(accumulate(_lengths([_num_bytes(block.module) for block in blocks], size)))
     return [blocks[begin:end] for begin, end in zip([0, *ends], ends, strict=False)]
 
@@ -199,6 +207,18 @@ def _deal(denoiser: nn.Module, row: Row | None, size: int) -> list[list[_Dealt]]
 def _entanglement(denoiser: nn.Module) -> str | None:
     """Why the class's own code needs all blocks on one rank; None where it does not."""
     return next(filter(None, (ENTANGLED.get(base.__name__) for base in type(denoiser).__mro__)), None)
+
+
+def _require_sendable(owner: str, block: _Dealt, size: int) -> None:
+    """Refuse weights that consist of several tensors: they can be neither let go nor sent as one."""
+    for name, tensor in (*block.module.named_parameters(), *block.module.named_buffers()):
+        kind = type(tensor.data)
+        if kind is not Tensor and f"{kind.__module__}.{kind.__name__}" not in _SENDABLE:
+            raise ConfigError(
+                f"{owner} cannot run in {size} stages: the weight {block.path}.{name} is no plain tensor "
+                f"({kind.__name__}), which cannot be sent between ranks. Load the model without quantisation, or use "
+                "pipeline_parallel_size=1."
+            )
 
 
 def _dealt(denoiser: nn.Module, row: Row) -> list[_Dealt]:

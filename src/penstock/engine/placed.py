@@ -11,15 +11,16 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Self
-from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
 from torch import nn
 
 from penstock.config import OffloadConfig, ParallelConfig, config_of
 from penstock.distributed.mesh import Mesh
+from penstock.engine.attachments import check_attachments, watch_attachments
 from penstock.engine.companions import notes_of_companions
 from penstock.engine.neighbours import Neighbours
+from penstock.engine.owners import disown, own, owner_of
 from penstock.engine.plans import Dtypes, Planned, plan_pipeline
 from penstock.engine.ranks import agreed, join_ranks, require_alike, shared_machine, watched
 from penstock.engine.settings import notes_of_plan, settings_of
@@ -42,7 +43,6 @@ from penstock.weights.maps import MappedFiles
 from penstock.weights.ranges import Range
 
 _HANDLE = "_penstock_placed"  # the attribute of a pipeline that leads to what is placed on it
-_OWNERS: WeakKeyDictionary[nn.Module, ReferenceType[Placed]] = WeakKeyDictionary()  # by module
 
 
 @dataclass(frozen=True)
@@ -100,8 +100,7 @@ class Placed:
         """Do to the pipeline what was planned."""
         pipeline, device = self.pipeline, torch.device(self.plan.device)
         if self._streamer is not None or self.mesh["world"].size > 1:
-            modules = [module for component in discover(pipeline).components for module in component.module.modules()]
-            _OWNERS.update((module, ref(self)) for module in modules)
+            own(pipeline, self)
         if self._streamer is not None:
             self._streamer.install()
         else:
@@ -110,7 +109,9 @@ class Placed:
                 pipeline.to(device)
         self._prompts.install()
         self._split.work.add(self._sharing.install().run)
-        self._split.work.add(split_work(pipeline, self.mesh, self._meeting).run)
+        is_streaming = self._streamer is not None
+        self._split.work.add(split_work(pipeline, self.mesh, self._meeting, is_streaming=is_streaming).run)
+        self._split.work.add(watch_attachments(pipeline, self.mesh, is_streaming).run)
         self._split.work.add(self._meeting.hold)  # first of all, when it is removed
 
     def tell(self, note: str) -> None:
@@ -173,7 +174,7 @@ class Placed:
         Cost: nothing, where weights have their stored dtype; those that were cast on the way to the device are cast
         now, and take host memory.
         """
-        if placed_on(self.pipeline) is not self:
+        if vars(self.pipeline).get(_HANDLE) is not self:
             return
         with watched(self.mesh):
             self._remove()
@@ -190,8 +191,7 @@ class Placed:
             self.pipeline.to(self._device_before)
         self._split.weights.run()
         _cast(self.pipeline, self._split.dtypes())
-        for module in [module for module, owner in _OWNERS.items() if owner() is self]:
-            del _OWNERS[module]
+        disown(self)
         del vars(self.pipeline)[_HANDLE]  # last: interrupted before, remove() goes on where it was
 
     def __enter__(self) -> Self:
@@ -258,6 +258,7 @@ def place(
     device, mesh = join_ranks(config, parallel, type(pipeline).__name__)
     with watched(mesh):
         agreed(mesh["world"], partial(_require_unplaced, pipeline))
+        agreed(mesh["world"], partial(check_attachments, pipeline, config.offload, mesh.config))
         machine = shared_machine(device, mesh)
         split = agreed(mesh["world"], partial(_split, pipeline, mesh, dtypes))
         try:
@@ -339,13 +340,18 @@ def _cast(pipeline: Any, dtypes: Dtypes) -> None:
 
 
 def placed_on(pipeline: Any) -> Placed | None:
-    """What is placed on a pipeline now."""
+    """What is placed on a pipeline now, or on another one whose modules it shares (`from_pipe`).
+
+    Cost: nothing for the pipeline that was placed; for others a look at each module.
+    """
     placed: Placed | None = vars(pipeline).get(_HANDLE)
+    if placed is None and (found := owner_of(pipeline)) is not None:
+        placed = found[1]
     return placed
 
 
 def _require_unplaced(pipeline: Any) -> None:
-    placed = placed_on(pipeline)
+    placed = vars(pipeline).get(_HANDLE)
     if placed is not None and placed.plan.offload == "none":
         placed.remove()  # nothing streams: as good as not placed
     elif placed is not None:
@@ -353,19 +359,14 @@ def _require_unplaced(pipeline: Any) -> None:
             f"this {type(pipeline).__name__} is placed already: {placed.plan.offload} with "
             f"{placed.plan.promised_bytes} bytes promised. Call remove() first."
         )
-    for component in discover(pipeline).components:
-        owners = (_OWNERS[module]() for module in component.module.modules() if module in _OWNERS)
-        owner = next((owner for owner in owners if owner is not None), None)
-        if owner is not None:
-            raise ConfigError(
-                f"{component.name} is placed already, as part of another {type(owner.pipeline).__name__}. Both may be "
-                "used as they are; to place this one as well, call remove() on the other's handle first."
-            )
-        if any(hasattr(module, "_hf_hook") for module in component.module.modules()):
-            raise ConfigError(
-                f"{component.name} has hooks of accelerate (enable_model_cpu_offload, device_map). Two cannot move the "
-                "same weights: call remove_all_hooks(), or build the pipeline without them."
-            )
+    found = owner_of(pipeline)
+    if found is not None:
+        component, owner = found
+        raise ConfigError(
+            f"{component.name} is placed already, as part of another {type(owner.pipeline).__name__}. Both may be "
+            "used as they are; to place this one as well, call penstock.placed_on(pipeline).remove() first. Two that "
+            "are to be placed together go into one object that holds both."
+        )
 
 
 def _in_memory() -> Locate:

@@ -23,6 +23,7 @@ from penstock.distributed.stages import apply_stages
 from penstock.distributed.tensor import apply_tensor
 from penstock.distributed.tiles import apply_tiles, check_tiles
 from penstock.distributed.whole import refuse_while_split
+from penstock.engine.attachments import requirement
 from penstock.engine.companions import AXES, check_denoisers, denoisers_of, is_split
 from penstock.engine.together import Meeting, apply_agreement, apply_together, shares_weights
 from penstock.errors import ConfigError
@@ -109,13 +110,14 @@ def split_weights(pipeline: Any, mesh: Mesh) -> Undo:
     return undo
 
 
-def split_work(pipeline: Any, mesh: Mesh, meeting: Meeting | None = None) -> Undo:
+def split_work(pipeline: Any, mesh: Mesh, meeting: Meeting | None = None, *, is_streaming: bool = False) -> Undo:
     """Split what a placed pipeline computes.
 
     Args:
         pipeline: whose weights are where they will be.
         mesh: all other axes.
         meeting: of the ranks that share its weights.
+        is_streaming: whether its weights stream.
 
     Returns:
         What takes it back.
@@ -129,7 +131,8 @@ def split_work(pipeline: Any, mesh: Mesh, meeting: Meeting | None = None) -> Und
             axes = [axis for axis in AXES if mesh[axis].size > 1 and is_split(denoiser, axis)]
             if "sequence" in axes:
                 undo.add(apply_sequences(denoiser, mesh, [other for other in denoisers if other is not denoiser]).run)
-            undo.add(apply_guidance(denoiser, mesh["cfg"], lockstep=shares_weights(mesh)).run)
+            require = requirement(pipeline, denoiser, mesh, is_streaming)
+            undo.add(apply_guidance(denoiser, mesh["cfg"], lockstep=shares_weights(mesh), require=require).run)
             if axes or mesh["shard"].size > 1:
                 undo.add(apply_agreement(denoiser, mesh).run)
         if shares_weights(mesh):

@@ -22,7 +22,8 @@ from penstock.models.callables import habits_of, home_of, is_of_library, keeps_s
 class Trait(Enum):
     """What an attachment does that a feature may not survive."""
 
-    OWNS_WEIGHTS = "moves or casts weights by itself"
+    MOVES_WEIGHTS = "moves weights by itself"
+    CASTS_WEIGHTS = "casts weights by itself"
     SPLITS_WORK = "splits the work over ranks by itself"
     DECIDES = "decides, or computes, from all the values that it sees"
     PAIRS_SAMPLES = "takes a batch for pairs of predictions"
@@ -52,7 +53,7 @@ class Attachment:
 
 UNKNOWN = frozenset({Trait.DECIDES, Trait.SHARES_STATE, Trait.EXCHANGES, Trait.KEEPS_RESULTS})
 """What code that nobody knows, and that keeps something from call to call, may do."""
-_WEIGHTS = frozenset({Trait.OWNS_WEIGHTS})
+_WEIGHTS = frozenset({Trait.MOVES_WEIGHTS})
 _NOTHING: frozenset[Trait] = frozenset()
 
 _HOOKS: dict[str, tuple[str, frozenset[Trait]]] = {
@@ -60,7 +61,7 @@ _HOOKS: dict[str, tuple[str, frozenset[Trait]]] = {
         ("GroupOffloadingHook", "LazyPrefetchGroupOffloadingHook", "LayerExecutionTrackerHook"),
         ("group offloading", _WEIGHTS),
     ),
-    "LayerwiseCastingHook": ("layerwise casting", _WEIGHTS),
+    "LayerwiseCastingHook": ("layerwise casting", frozenset({Trait.CASTS_WEIGHTS})),
     "PeftInputAutocastDisableHook": ("layerwise casting of adapters", _NOTHING),
     **dict.fromkeys(
         ("FBCHeadBlockHook", "FBCBlockHook"), ("FirstBlockCache", frozenset({Trait.DECIDES, Trait.KEEPS_RESULTS}))

@@ -10,7 +10,7 @@ import inspect
 import re
 from collections.abc import Callable, Hashable
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
@@ -28,7 +28,13 @@ _MOMENTS = re.compile(r"^t$|timestep|sigma|scale")
 """Arguments whose numbers it does not depend on."""
 
 
-def apply_guidance(denoiser: nn.Module, group: Group, *, lockstep: bool = False) -> Undo:
+Require = Callable[[Literal["turns", "batch"]], None]
+"""Refuses a call that is about to go one of the two ways, on all ranks alike."""
+
+
+def apply_guidance(
+    denoiser: nn.Module, group: Group, *, lockstep: bool = False, require: Require = lambda way: None
+) -> Undo:
     """Shares out the calls of a denoiser among the ranks of a group. All ranks run the same pipeline.
 
     A call whose batch the group divides (the two halves of classifier-free guidance, several pictures) is cut, and
@@ -48,6 +54,7 @@ def apply_guidance(denoiser: nn.Module, group: Group, *, lockstep: bool = False)
         group: The ranks, each with the whole denoiser, or with the same part of it.
         lockstep: Every rank executes as many calls, some of them for nothing: for weights that are sharded over
             these ranks, whose gathering takes all of them.
+        require: Refuses what does not go with the way that a call takes, before it is made.
 
     Returns:
         What takes it back.
@@ -57,14 +64,15 @@ def apply_guidance(denoiser: nn.Module, group: Group, *, lockstep: bool = False)
     """
     if group.size == 1:
         return Undo()
-    return intercept(denoiser, "__call__", _Calls(denoiser, group, lockstep).make)
+    return intercept(denoiser, "__call__", _Calls(denoiser, group, lockstep, require).make)
 
 
 class _Calls:
     """The calls of one denoiser."""
 
-    def __init__(self, denoiser: nn.Module, group: Group, lockstep: bool) -> None:
+    def __init__(self, denoiser: nn.Module, group: Group, lockstep: bool, require: Require) -> None:
         self._denoiser, self._group, self._lockstep = denoiser, group, lockstep
+        self._require = require
         self._rounds: Rounds = rounds_of(group)
         self._names = list(inspect.signature(type(denoiser).forward).parameters)[1:] or [""]
         self._forms: dict[Hashable, OutputForm | None] = {}
@@ -77,6 +85,7 @@ class _Calls:
         arguments = named(self._names, args, kwargs)
         batch = batch_of(arguments[0][1], self._group)
         share = self._share(batch, args, kwargs) if batch is not None else None
+        self._require("turns" if share is None else "batch")
         if batch is not None and share is not None:
             self._rounds.close()
             return batch.join(execute(*share[0], **share[1]), self._group)

@@ -23,9 +23,17 @@ from torch.utils._pytree import tree_flatten, tree_leaves
 from penstock.distributed.guidance.calls import kind_of, named
 from penstock.distributed.guidance.futures import FutureTensor, wait
 from penstock.distributed.guidance.rounds import OutputForm, TensorForm
-from penstock.distributed.guidance.surroundings import Surroundings, hindrance, kept, random_state, settings_of
+from penstock.distributed.guidance.surroundings import (
+    Surroundings,
+    hindrance,
+    kept,
+    random_state,
+    settings_of,
+    state_of_others,
+)
 from penstock.errors import GenerationError
 from penstock.interception import intercept
+from penstock.models.attachments import Attached
 from penstock.undo import Undo
 
 RunTogether = Callable[[Sequence[Callable[[], Any]], bool], list[Any]]
@@ -41,7 +49,7 @@ def apply_deferral(denoiser: nn.Module, deferral: Deferral, announce: Callable[[
     The pipeline gets futures (`FutureTensor`) meanwhile and goes on to its next call. The first call of each kind, told
     by the sizes of the sample, is made at once, to learn what it returns. So is every call that could not be made
     later as it would be made now: under autocast, with a cache, with arguments that are neither tensors nor constants,
-    of a denoiser that draws random numbers.
+    of a denoiser that draws random numbers, or on which others have put something that keeps state.
 
     Only inside of `deferral.run()`, which surrounds the pipeline's call. Everything else about the denoiser, its
     class included, stays.
@@ -209,6 +217,7 @@ class _Calls:
 
     def __init__(self, denoiser: nn.Module, deferral: Deferral, announce: Callable[[], None]) -> None:
         self._denoiser, self._deferral, self._announce = denoiser, deferral, announce
+        self._attached = Attached(denoiser)
         self._names = list(inspect.signature(type(denoiser).forward).parameters)[1:] or [""]
         self._forms: dict[Hashable, OutputForm | None] = {}
 
@@ -219,7 +228,7 @@ class _Calls:
             return execute(*args, **kwargs)
         args, kwargs = wait((args, kwargs))
         call = partial(execute, *args, **kwargs)
-        reason = hindrance(self._denoiser, (args, kwargs))
+        reason = hindrance(self._denoiser, (args, kwargs)) or state_of_others(self._attached.now())
         if reason:
             return deferral.at_once(call, reason)
         kind = kind_of(named(self._names, args, kwargs))

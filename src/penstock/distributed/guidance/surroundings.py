@@ -6,7 +6,7 @@ know why a call is put off.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -14,6 +14,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
+
+from penstock.models.attachments import Attachment, Trait
 
 _ALIGNMENT_BYTES = 256
 """Kernels round by where within so many bytes their arguments begin."""
@@ -76,6 +78,18 @@ def hindrance(denoiser: nn.Module, arguments: Any) -> str:
             return f"an argument holds a {type(leaf).__name__}, which may change"
         if is_plain and torch.is_grad_enabled() and leaf.requires_grad:
             return "an argument requires a gradient"
+    return ""
+
+
+def state_of_others(attached: Iterable[Attachment]) -> str:
+    """Why calls cannot be made together, where something that others have put on keeps state; empty where nothing does.
+
+    Args:
+        attached: what is on the denoiser.
+    """
+    for one in attached:
+        if one.traits & {Trait.SHARES_STATE, Trait.EXCHANGES}:
+            return f"{one.path or 'the denoiser'} has {one.what}, which may keep something from call to call"
     return ""
 
 
