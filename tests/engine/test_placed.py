@@ -155,7 +155,7 @@ def test_pipeline_with_hooks_of_accelerate_is_refused(flux: Any) -> None:
     from accelerate.hooks import ModelHook, add_hook_to_module
 
     add_hook_to_module(flux.vae, ModelHook())
-    with pytest.raises(ConfigError, match="vae has hooks of accelerate"):
+    with pytest.raises(ConfigError, match="vae has a hook of accelerate"):
         penstock.apply(flux, offload="layerwise")
 
 

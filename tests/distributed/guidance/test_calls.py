@@ -328,10 +328,7 @@ def test_a_denoiser_looks_like_itself_and_is_itself_again(tmp_path: Any) -> None
     pipe = zoo.build("wan21")
     transformer, stock = pipe.transformer, type(pipe.transformer)
     undo = apply_guidance(transformer, GROUP)
-    guided = type(transformer)
-    assert guided is not stock and isinstance(transformer, stock)
-    for name in ("__name__", "__qualname__", "__module__", "__doc__"):
-        assert getattr(guided, name) == getattr(stock, name)
+    assert type(transformer) is stock
     assert transformer.config == zoo.build("wan21").transformer.config
     pipe.save_pretrained(tmp_path)
     assert type(DiffusionPipeline.from_pretrained(tmp_path).transformer) is stock
