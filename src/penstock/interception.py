@@ -61,9 +61,11 @@ class _Interceptions:
         self.makes: dict[_Method, list[tuple[Make, bool]]] = {}
 
     def is_of(self, owner: Any) -> bool:
+        """Whether this is an object's own, and was not copied with it."""
         return self._owner() is owner
 
     def makers(self, owner: Any, method: _Method) -> list[Make]:
+        """Who makes the calls of a method, the innermost first."""
         is_own = self.is_of(owner)
         return [make for make, with_copies in self.makes.get(method, ()) if is_own or with_copies]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from penstock.distributed.group import Group
 from penstock.distributed.stages import apply_stages, check_stages, deal
 from penstock.errors import ConfigError, DeclarationError, ModelError
 from penstock.models.rows.row import Row, StackRow
-from penstock.models.rows.table import blocks_of
+from penstock.models.rows.table import blocks_of, row_of
 from penstock.models.stacks import find_stacks
 from penstock.weights.maps import MappedFiles
 from tests import zoo
@@ -234,3 +235,35 @@ def test_one_stage_is_no_stage() -> None:
     before = dict(denoiser.named_modules())
     apply_stages(denoiser, None, Group("pipeline", 0, (0,), None)).run()
     assert dict(denoiser.named_modules()) == before and "forward" not in vars(denoiser.blocks[0])
+
+
+class Packed(Tensor):
+    """Several tensors that pass for one weight, as quantised ones do: a part of it cannot be let go."""
+
+    packed: Tensor
+
+    @staticmethod
+    def __new__(cls, weight: Tensor) -> Packed:
+        made: Any = Tensor._make_wrapper_subclass(cls, weight.shape, dtype=weight.dtype, requires_grad=False)
+        made.packed = weight
+        return cast(Packed, made)
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.ops.aten.detach.default:
+            return cls(args[0].packed)
+        raise NotImplementedError(f"{function} of a packed weight")
+
+
+@pytest.mark.parametrize("path", ["transformer_blocks.1.attn.to_q", "single_transformer_blocks.0.proj_out"])
+def test_weights_that_are_no_plain_tensors_are_refused_before_anything_changes(path: str) -> None:
+    flux = zoo.build("flux").transformer
+    check_stages(flux, row_of(flux), 2)
+    layer = flux.get_submodule(path)
+    layer.weight = nn.Parameter(Packed(layer.weight.detach()), requires_grad=False)
+    before = [dict(vars(module)) for module in flux.modules()]
+    with pytest.raises(ConfigError, match=rf"the weight {path}\.weight is no plain tensor \(Packed\)"):
+        check_stages(flux, row_of(flux), 2)
+    with pytest.raises(ConfigError, match="no plain tensor"):
+        apply_stages(flux, row_of(flux), Group("pipeline", 0, (0, 1), None))
+    assert [dict(vars(module)) for module in flux.modules()] == before

@@ -210,7 +210,7 @@ class _Check:
                         return ConfigError(self._words(one, found, feature, trait))
         for one in found if self._is_guided else ():
             reasons = [[trait for trait in one.traits if trait in REFUSED[way]] for way in ("turns", "batch")]
-            if self._features is features and all(reasons):  # whichever way its calls go
+            if all(reasons):  # whichever way its calls go
                 return ConfigError(self._words(one, found, "turns", reasons[0][0]))
         return None
 

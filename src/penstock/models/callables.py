@@ -143,6 +143,7 @@ class _Reading:
         self.has_tensors = False
 
     def read(self, call: Any) -> None:
+        """Read a callable, once."""
         if id(call) in self._seen:
             return
         self._seen.add(id(call))
@@ -165,6 +166,7 @@ class _Reading:
                 self.read(method)
 
     def read_methods(self, kind: type) -> None:
+        """Read the methods that a class brings."""
         for name, method in vars(kind).items():
             if isinstance(method, types.FunctionType) and name not in _MAKES:
                 self._read_codes(method)
