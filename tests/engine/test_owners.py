@@ -56,11 +56,14 @@ def test_what_is_disowned_is_free() -> None:
     assert owner_of(holder) is None and set(vars(holder.module)) == names
 
 
-def test_a_pipeline_in_place_of_the_first_leads_to_what_is_placed() -> None:
+@pytest.mark.parametrize("options", [{}, {"share_blocks": True}])
+def test_a_pipeline_in_place_of_the_first_leads_to_what_is_placed(options: dict[str, Any]) -> None:
     pipeline: Any = zoo.build("flux")
     modules = list(pipeline.transformer.modules())
     before = [set(vars(module)) for module in modules]
-    penstock.apply(pipeline, offload="layerwise", max_weight_memory="least")
+    classes = {name: type(part) for name, part in {"": pipeline, **pipeline.components}.items()}
+    penstock.apply(pipeline, offload="layerwise", max_weight_memory="least", **options)
+    assert {name: type(part) for name, part in {"": pipeline, **pipeline.components}.items()} == classes
     pipeline = FluxImg2ImgPipeline.from_pipe(pipeline)
     gc.collect()
     placed = penstock.placed_on(pipeline)

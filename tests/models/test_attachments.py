@@ -17,6 +17,7 @@ from diffusers.hooks.layer_skip import apply_layer_skip
 from diffusers.pipelines.deprecated.stable_diffusion_sag.pipeline_stable_diffusion_sag import CrossAttnStoreProcessor
 from torch import nn
 
+import penstock
 from penstock.models import attachments
 from penstock.models.attachments import UNKNOWN, Attached, Trait, attachments_of, marks_of
 from penstock.models.components import discover
@@ -126,6 +127,26 @@ def test_a_forward_of_a_class_is_replaced(flux: Any, monkeypatch: pytest.MonkeyP
     assert marks_of(flux) != before
     monkeypatch.undo()
     assert attachments_of(flux) == ()
+
+
+@pytest.mark.parametrize("name", ["__call__", "forward"])
+def test_a_method_of_the_library_is_replaced(name: str, flux: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = marks_of(flux)
+    monkeypatch.setattr(type(flux), name, counting(getattr(type(flux), name)))
+    assert attachments_of(flux)[0].traits == UNKNOWN and marks_of(flux) != before
+
+
+def test_another_method_of_an_object_is_replaced(flux: Any) -> None:
+    block, before = flux.transformer_blocks[1], marks_of(flux)
+    block.get_extra_state = counting(lambda: None)
+    assert attachments_of(flux)[0].path == "transformer_blocks.1" and marks_of(flux) != before
+
+
+def test_what_penstock_puts_on_is_not_foreign() -> None:
+    pipeline: Any = zoo.build("wan21")
+    with penstock.apply(pipeline, offload="layerwise", max_weight_memory="least", share_blocks=True):
+        for component in discover(pipeline).components:
+            assert attachments_of(component.module) == ()
 
 
 def test_a_class_of_somebody_else_that_keeps_state(flux: Any) -> None:

@@ -12,6 +12,7 @@ import types
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -89,6 +90,7 @@ _HOOKS: dict[str, tuple[str, frozenset[Trait]]] = {
 }
 """diffusers' hooks by class. What keeps its state by `cache_context` keeps it apart for each prediction."""
 _EVERYTHING = frozenset(Trait)
+_METHODS = (types.FunctionType, types.MethodType, partial)
 _OFF = {
     "group offloading": "load the pipeline again without enable_group_offload()",
     "layerwise casting": "load the pipeline again without enable_layerwise_casting()",
@@ -116,21 +118,30 @@ def marks_of(module: nn.Module) -> list[Any]:
     Cost: below a microsecond per module.
     """
     marks: list[Any] = []
-    parts = [module]
-    while parts:
-        part = parts.pop()
-        state, kind = part.__dict__, type(part)
-        marks += (kind, kind.forward, state.get("forward"), state.get("_hf_hook"))
-        registry, processor = state.get("_diffusers_hook"), state.get("processor")
-        if registry is not None:
-            marks += registry.hooks.values()
-        if processor is not None:
-            marks.append(type(processor))
+    kinds: dict[type, None] = {}
+    parts: list[nn.Module | None] = [module]
+    for part in parts:  # which grows
+        if part is None:
+            continue
+        state, kind = part.__dict__, part.__class__
+        kinds[kind] = None
+        marks += (kind, len(state))
+        if "forward" in state:
+            marks.append(state["forward"])
+        if "_hf_hook" in state:
+            marks.append(state["_hf_hook"])
+        if "_diffusers_hook" in state:
+            marks += state["_diffusers_hook"].hooks.values()
+        if "processor" in state:
+            marks.append(type(state["processor"]))
         if state["_forward_hooks"]:
             marks += state["_forward_hooks"].values()
         if state["_forward_pre_hooks"]:
             marks += state["_forward_pre_hooks"].values()
-        parts += [child for child in state["_modules"].values() if child is not None]
+        if children := state["_modules"]:
+            parts += children.values()
+    for kind in kinds:
+        marks += (kind.forward, kind.__call__)
     return marks
 
 
@@ -189,15 +200,21 @@ def _of_hook(path: str, name: str, hook: Any) -> Attachment:
 
 
 def _of_forward(path: str, module: nn.Module, registry: Any, home: str) -> Iterator[Attachment]:
-    """A forward that is not the one which the module's class was written with."""
-    forward = _behind_hooks(vars(module).get("forward"), registry)
-    if forward is not None and not _is_own_method(forward, module) and _top(home_of(forward)) != "penstock":
-        yield from _of_function(path, "a replaced forward", forward, module)
-    kind = next((kind for kind in type(module).__mro__ if "forward" in vars(kind)), nn.Module)
-    function = vars(kind)["forward"]
-    if not _is_written_in(kind, function):
-        yield from _of_function(path, f"a replaced {kind.__name__}.forward", function, module)
-    elif not is_of_library(function) and (_top(kind.__module__) != home or _overrides_library(kind)):
+    """A forward, or another method, that is not the one which the module's class was written with."""
+    for name, value in vars(module).items():
+        method = _behind_hooks(value, registry) if name == "forward" else value
+        if not isinstance(method, _METHODS) and not (name == "forward" and callable(method)):
+            continue
+        is_shadowing = hasattr(type(module), name) and not _is_own_method(method, module, name)
+        if is_shadowing and _top(home_of(method)) != "penstock":
+            yield from _of_function(path, f"a replaced {name}", method, module)
+    for name in ("__call__", "forward"):
+        kind = next(kind for kind in type(module).__mro__ if name in vars(kind))
+        function = vars(kind)[name]
+        if not _is_written_in(kind, function, name):
+            yield from _of_function(path, f"a replaced {kind.__name__}.{name}", function, module)
+            return
+    if not is_of_library(function) and (_top(kind.__module__) != home or _overrides_library(kind)):
         yield from _of_function(path, f"a block of another class ({kind.__name__})", function, module)
 
 
@@ -217,21 +234,23 @@ def _behind_hooks(forward: Any, registry: Any) -> Any:
     return first.original_forward if first.original_forward is not None else first.forward
 
 
-def _is_own_method(forward: Any, module: nn.Module) -> bool:
-    """Whether this is the class's forward, bound: what remains where a hook was taken off."""
+def _is_own_method(method: Any, module: nn.Module, name: str) -> bool:
+    """Whether this is the class's own, bound: what remains where a hook was taken off."""
     return (
-        isinstance(forward, types.MethodType)
-        and forward.__self__ is module
-        and forward.__func__ is getattr(type(module), "forward", None)
+        isinstance(method, types.MethodType)
+        and method.__self__ is module
+        and method.__func__ is getattr(type(module), name, None)
     )
 
 
-def _is_written_in(kind: type, function: Any) -> bool:
+def _is_written_in(kind: type, function: Any, name: str) -> bool:
     """Whether a function stands in the body of a class, or was put around one there by the class's own library."""
     function = getattr(function, "__func__", function)
     if not isinstance(function, types.FunctionType):
         return True  # a class of another language, or an abstract one
-    if function.__code__.co_qualname == f"{kind.__qualname__}.forward":
+    if kind is nn.Module:
+        return is_of_library(function)
+    if function.__code__.co_qualname == f"{kind.__qualname__}.{name}":
         return function.__globals__.get("__name__") == kind.__module__ or is_of_library(function)
     return is_of_library(function) and (function.__closure__ is None or _closes_over_its_own(kind, function))
 

@@ -22,7 +22,11 @@ import torch
 from diffusers.configuration_utils import FrozenDict
 from torch import Tensor, nn
 
-_LIBRARIES = {"torch", "diffusers", "transformers", "peft", "accelerate", "numpy", "safetensors", "penstock"}
+_LIBRARIES = {
+    *("torch", "diffusers", "transformers", "peft", "accelerate", "numpy", "safetensors", "penstock", "torchvision"),
+    *("bitsandbytes", "torchao", "optimum", "gguf", "hqq", "gptqmodel", "modelopt", "nunchaku"),  # quantised layers
+    *("xformers", "flash_attn", "sageattention", "kernels", "triton", "einops", "timm", "scipy", "PIL"),
+}
 _CONSTANTS = (bool, int, float, complex, str, bytes, type(None), type(...), torch.dtype, torch.device, torch.Size)
 _STILL = (types.BuiltinFunctionType, FrozenDict, logging.Logger)
 _CHANGEABLE = (list, dict, set, bytearray)
