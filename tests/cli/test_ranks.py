@@ -210,8 +210,8 @@ def test_killed_rank_of_sharded_weights_ends_all(
 def ranks_of(launcher: int) -> list[str]:
     """The memory maps of a launcher's two ranks, whichever of its threads has started them."""
     threads = Path(f"/proc/{launcher}/task").glob("*/children")
-    children = [child for thread in threads for child in thread.read_text().split()]
     try:
+        children = [child for thread in threads for child in thread.read_text().split()]
         return [Path(f"/proc/{child}/maps").read_text() for child in children] if len(children) == 2 else [""]
     except OSError:
         return [""]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 
 import pytest
 import torch
+
+from tests import processes
 
 pytestmark = [pytest.mark.gpu, pytest.mark.gpus]
 SPLITS = [
@@ -24,5 +25,5 @@ SPLITS = [
 @pytest.mark.parametrize("flags", SPLITS, ids=" ".join)
 def test_two_ranks_make_the_picture_of_one(flags: list[str], device: torch.device) -> None:
     command = [sys.executable, "-m", "penstock", "verify", "demo", "--device", device.type, "--steps", "4", *flags]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    done = processes.run(command, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
