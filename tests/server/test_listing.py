@@ -13,6 +13,7 @@ import httpx2
 import pytest
 
 from penstock.wire import Failure
+from tests.server.browser import Turnstile
 from tests.server.engine_double import EngineDouble
 from tests.server.live import Live, serving
 
@@ -96,7 +97,7 @@ def test_a_failed_job_ends_with_why(live: Live, http: httpx2.Client) -> None:
 
 def test_partial_pictures_are_told_to_those_who_follow(tmp_path_factory: pytest.TempPathFactory) -> None:
     with serving(tmp_path_factory.mktemp("partials")) as live, live.client() as http:
-        live.engine.gate.clear()
+        gate = live.engine.gate = Turnstile()
         answers = []
 
         def ask() -> None:
@@ -108,7 +109,8 @@ def test_partial_pictures_are_told_to_those_who_follow(tmp_path_factory: pytest.
         thread.start()
         while not (data := http.get("/v1/jobs").json()["data"]):
             time.sleep(0.01)
-        found = events(http, data[0]["id"], lambda name, data: live.engine.gate.set())
+        gate.let(2)  # each makes one; the run ends, and takes them along, once both are seen
+        found = events(http, data[0]["id"], lambda name, data: data.get("partial_image_index") == 1 and gate.set())
         thread.join(20)
     partials = [data for name, data in found if name == "partial_image"]
     assert [(data["item"], data["partial_image_index"]) for data in partials] == [(0, 0), (0, 1)]

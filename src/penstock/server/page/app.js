@@ -32,7 +32,7 @@ async function follow(run) {
   const before = () => runs.slice(0, runs.indexOf(run)).filter((one) => !one.isOver);
   const ended = (one) => new Promise((resolve) => one.abort.signal.addEventListener("abort", resolve));
   runs.push(run);
-  run.ask().catch(() => {}); // at once, so that it is made whatever becomes of this page; going on tells what failed
+  run.ask().catch(() => run.abort.abort()); // at once, so that it is made whatever becomes of this page
   while (before().length >= AT_ONCE && !run.abort.signal.aborted) {
     onChange(run);
     await Promise.race([...before(), run].map(ended));
