@@ -112,7 +112,7 @@ def test_an_open_number_of_shards_takes_all_ranks() -> None:
     assert ParallelConfig(ulysses_degree=2).for_ranks(4).world_size == 2
     assert ParallelConfig(use_hsdp=True, hsdp_replicate_size=2).for_ranks(3).world_size == 1
     told = ParallelConfig(use_hsdp=True, hsdp_shard_size=2, vae_patch_parallel_size=2).description()
-    assert told == "copies(2), tiles over 2 ranks, weights over 2 ranks"
+    assert told == "copies(2), VAE rows over 2 ranks, weights over 2 ranks"
     assert ParallelConfig().description() == ""
 
 

@@ -27,6 +27,7 @@ DTYPES = {
 }
 """Accepted spellings of a dtype, and the name torch gives it."""
 
+VAE_MODES = ("patch", "tile")
 OFFLOADS = ("auto", "none", "sequential", "layerwise", "sharded")
 LEAST = "least"
 ALL_RANKS = -1
@@ -153,7 +154,12 @@ class ParallelConfig:
     ring_degree: int = option(1, "Ranks that pass keys and values around, each with a part of the sequence.", "N")
     ulysses_degree: int = option(1, "Ranks that trade parts of the sequence for attention heads.", "N")
     tensor_parallel_size: int = option(1, "Ranks that each hold a slice of every layer.", "N")
-    vae_patch_parallel_size: int = option(1, "Ranks that the tiles of the VAE are spread over.", "N")
+    vae_patch_parallel_size: int = option(1, "Ranks that the VAE's encode and decode are spread over.", "N")
+    vae_parallel_mode: str = option(
+        VAE_MODES[0],
+        "patch: rows of each feature map, which makes the plain picture; tile: the VAE's tiles, whose seams may show.",
+        "MODE",
+    )
     use_hsdp: bool = option(False, "Shard the weights: each rank holds a part of each block, gathered ahead of use.")
     hsdp_shard_size: int = option(ALL_RANKS, "Ranks that hold one copy of the weights together; -1: all.", "N")
     hsdp_replicate_size: int = option(1, "Copies of the weights among the ranks that make one picture.", "N")
@@ -163,16 +169,25 @@ class ParallelConfig:
             raise ConfigError(f"use_hsdp={self.use_hsdp!r} is neither True nor False. Give one of them.")
         for item in fields(self):
             value = getattr(self, item.name)
-            if item.name == "use_hsdp" or (item.name == "hsdp_shard_size" and value == ALL_RANKS):
+            if item.name in ("use_hsdp", "vae_parallel_mode") or (
+                item.name == "hsdp_shard_size" and value == ALL_RANKS
+            ):
                 continue
             if type(value) is not int or value < 1:
                 raise ConfigError(f"{item.name}={value!r} is not a whole number from 1 up. 1 switches it off.")
+        if self.vae_parallel_mode not in VAE_MODES:
+            raise ConfigError(f"vae_parallel_mode={self.vae_parallel_mode!r} is no mode. Use {', '.join(VAE_MODES)}.")
+        if self.vae_parallel_mode != VAE_MODES[0] and self.vae_patch_parallel_size == 1:
+            raise ConfigError(
+                f"vae_parallel_mode={self.vae_parallel_mode!r} has no effect on one rank. Give "
+                "--vae-patch-parallel-size, or leave it out."
+            )
         self._check_shards()
         ranks, tiles = self.denoiser_size, self.vae_patch_parallel_size
         if ranks % tiles and tiles % ranks:
             raise ConfigError(
                 f"vae_patch_parallel_size({tiles}) and {self.equation()} = {ranks} ranks: neither divides the other, "
-                f"so that tiles cannot be spread evenly. Try --vae-patch-parallel-size {math.gcd(ranks, tiles)}."
+                f"so that the VAE cannot be spread evenly. Try --vae-patch-parallel-size {math.gcd(ranks, tiles)}."
             )
 
     def _check_shards(self) -> None:
@@ -287,12 +302,13 @@ class ParallelConfig:
         return " * ".join(f"{name}({size})" for name, size in self.axes().items() if size > 1) or "nothing split (1)"
 
     def description(self) -> str:
-        """The equation, and what else ranks share, such as `ulysses(2), tiles over 2 ranks`; empty for one rank."""
+        """The equation, and what else ranks share, such as `ulysses(2), VAE rows over 2 ranks`; empty for one rank."""
         if self.world_size == 1:
             return ""
         tiles, shards = self.vae_patch_parallel_size, self.shard_size
         words = [self.equation()]
-        words.extend([f"tiles over {tiles} ranks"] if tiles > 1 else [])
+        parts = "VAE rows" if self.vae_parallel_mode == VAE_MODES[0] else "VAE tiles"
+        words.extend([f"{parts} over {tiles} ranks"] if tiles > 1 else [])
         words.extend([f"weights over {shards} ranks"] if shards > 1 else [])
         return ", ".join(words)
 

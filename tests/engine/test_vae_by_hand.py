@@ -53,14 +53,7 @@ def call_differently(name: str, method: str) -> float:
             run(vae, name, method, seed=dist.get_rank())
         shared = run(vae, name, method, seed=7)
     tolerance = float(shared.abs().max())
-    return float((shared - run(vae_of(name), name, method, seed=7)).abs().max()) / tolerance
-
-
-def vae_of(name: str) -> Any:
-    vae = zoo.build(name).vae
-    if splits.PLAIN_IS_TILED:
-        vae.enable_tiling()
-    return vae
+    return float((shared - run(zoo.build(name).vae, name, method, seed=7)).abs().max()) / tolerance
 
 
 @pytest.mark.parametrize("method", ["decode", "encode"])
@@ -90,7 +83,7 @@ def without_agreement() -> float:
     name = "flux"
     with patch.object(splits, "apply_agreement", none), split(name) as vae:
         result = run(vae, name, "decode", seed=dist.get_rank())
-    return float((result - run(vae_of(name), name, "decode", seed=dist.get_rank())).abs().max())
+    return float((result - run(zoo.build(name).vae, name, "decode", seed=dist.get_rank())).abs().max())
 
 
 def test_without_the_agreement_their_pictures_mix() -> None:
@@ -110,7 +103,7 @@ def call_alone(name: str, method: str) -> tuple[str, float]:
         dist.barrier()
         with patch.object(together, "_PATIENCE_S", 60.0):
             result = run(vae, name, method, seed=0)
-    return str(caught.value), float((result - run(vae_of(name), name, method, seed=0)).abs().max())
+    return str(caught.value), float((result - run(zoo.build(name).vae, name, method, seed=0)).abs().max())
 
 
 @pytest.mark.parametrize(("name", "method"), [("flux", "decode"), ("wan21", "encode")])

@@ -204,6 +204,23 @@ class Group:
         self.traffic.add("shift", tensor.nbytes)
         return received, [self._under_way("shift", works)]
 
+    def trade(self, sent: Sequence[tuple[Tensor, int]], received: Sequence[tuple[Tensor, int]]) -> None:
+        """Send tensors to some ranks and fill others from some, all at once; done when it returns.
+
+        Args:
+            sent: contiguous tensors, each with the group rank that it is for.
+            received: contiguous tensors, each with the group rank that it comes from.
+
+        Cost: a message per tensor.
+        """
+        if not sent and not received:
+            return
+        group, ranks = self.process_group, self.ranks
+        operations = [dist.P2POp(dist.isend, _sendable(tensor), ranks[onto], group) for tensor, onto in sent]
+        operations += [dist.P2POp(dist.irecv, _sendable(tensor), ranks[source], group) for tensor, source in received]
+        self._under_way("trade", dist.batch_isend_irecv(operations)).wait()
+        self.traffic.add("trade", sum(tensor.nbytes for tensor, _ in received))
+
     def send(self, tensor: Tensor, onto: int) -> Work:
         """Begin to send a contiguous tensor to group rank `onto`; it must stay unchanged until the wait returns."""
         work = dist.isend(_sendable(tensor), self.ranks[onto], group=self.process_group)

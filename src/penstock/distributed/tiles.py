@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from penstock.distributed.group import Group
+from penstock.distributed.patch.autoencoder import put_together
 from penstock.distributed.twin import TileCall, TilePlan, Twin, gated, split_output
 from penstock.errors import ConfigError, GenerationError
 from penstock.undo import Undo
@@ -27,15 +28,17 @@ _ENCODES = ("tiled_encode", "_tiled_encode", "_temporal_tiled_encode", "_encode_
 _INSTEAD = "Leave vae_patch_parallel_size at 1: the denoiser may be split nevertheless."
 
 
-def apply_tiles(vae: nn.Module, group: Group) -> Undo:
+def apply_tiles(vae: nn.Module, group: Group, is_switched_on: bool = True) -> Undo:
     """Spread the tiles of a VAE over the ranks of a group, in place.
 
-    Tiling is switched on with the sizes that the VAE has. Pictures of one tile run as ever, on every rank. All ranks
-    must call the VAE with the same values, and all of them get the whole result.
+    Pictures of one tile run as ever, on every rank. All ranks must call the VAE with the same values, and all of them
+    get the whole result.
 
     Args:
         vae: any that `check_tiles` lets pass; its weights may be streamed.
         group: with one rank, nothing is changed.
+        is_switched_on: tiling is switched on, with the sizes that the VAE has; else only a VAE that is tiled already,
+            or becomes so, is spread.
 
     Returns:
         What restores the VAE, its tiling included.
@@ -50,7 +53,8 @@ def apply_tiles(vae: nn.Module, group: Group) -> Undo:
         return Undo()
     tiles = _Tiles(vae, group, _checked(vae))
     with Undo() as undo:
-        _enable_tiling(vae, undo)
+        if is_switched_on:
+            _enable_tiling(vae, undo)
         for name in (*_DECODES, *_ENCODES):
             if hasattr(vae, name):
                 undo.wrap(vae, name, partial(tiles.run, name))
@@ -111,8 +115,9 @@ class _Tiles:
 
     def run(self, method: str, stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run a tiled method; one that it calls in turn, such as the tiles of some frames, is part of it."""
-        if self._is_running:
+        if self._is_running or not getattr(self._vae, "use_tiling", True):  # frames in turn are not tiles
             return stock(*args, **kwargs)
+        args, kwargs = put_together(args), put_together(kwargs)
         plan = self._twin.plan(method, args, kwargs)
         if len(plan.costs) < 2:
             return stock(*args, **kwargs)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -37,6 +37,7 @@ from penstock.models.components import discover
 from penstock.models.quiet import quiet_libraries
 from penstock.models.sizes import call_parameters
 from penstock.models.stacks import find_stacks
+from penstock.profile import Role
 from penstock.request import GenerationRequest
 
 _FACTOR = 10.0  # times the plain run's difference from one that rounds otherwise, which is one draw of many
@@ -273,10 +274,14 @@ def _reference(
     pipeline = _plain(prepared, dtype)
     recording = record(pipeline, arguments, seed)
     parallel = prepared.parallel
-    reorders = parallel.cfg_parallel_size * parallel.sequence_size * parallel.tensor_parallel_size > 1
-    if tolerance is not None or not reorders:  # pictures, stages, shards and tiles change no order
+    roles: list[Role] = []  # whose sums are made in another order; pictures, stages, shards and tiles change none
+    if parallel.cfg_parallel_size * parallel.sequence_size * parallel.tensor_parallel_size > 1:
+        roles.append("denoiser")
+    if parallel.vae_patch_parallel_size > 1 and parallel.vae_parallel_mode == "patch":
+        roles.append("vae")
+    if tolerance is not None or not roles:
         return recording, tolerance or 0.0
-    with rounded_otherwise(pipeline):
+    with rounded_otherwise(pipeline, roles):
         moved = _worst(compare(recording, record(pipeline, arguments, seed)), prepared.mesh["world"])
     return recording, allowed(moved, dtype)
 
@@ -289,8 +294,8 @@ def allowed(moved: tuple[Difference, ...], dtype: torch.dtype) -> float:
 
 
 @contextmanager
-def rounded_otherwise(pipeline: Any) -> Iterator[None]:
-    """Move what each layer of the denoisers returns by a unit in its last place inside, up or down at random.
+def rounded_otherwise(pipeline: Any, roles: Sequence[Role] = ("denoiser",)) -> Iterator[None]:
+    """Move what each layer of the components with some roles returns by a unit in its last place inside, up or down at random.
 
     A sum in another order does about that to a layer; how much of it reaches the picture depends on the model. The
     draws have a seed of their own. Source: Monte Carlo arithmetic (Parker, 1997).
@@ -305,7 +310,7 @@ def rounded_otherwise(pipeline: Any) -> Iterator[None]:
         ups = torch.empty_like(output).bernoulli_(0.5, generator=generators[output.device])
         return torch.addcmul(output, output, ups.mul_(2).sub_(1), value=0.6 * torch.finfo(output.dtype).eps)
 
-    parts = [component.module for component in discover(pipeline).by_role("denoiser")]
+    parts = [component.module for role in roles for component in discover(pipeline).by_role(role)]
     layers = [
         layer for part in parts for layer in part.modules() if next(layer.parameters(recurse=False), None) is not None
     ]
@@ -333,7 +338,7 @@ def _plain(prepared: Prepared, dtype: torch.dtype) -> Any:
             variant=config.variant,
             trust_remote_code=config.trust_remote_code,
         )
-    if prepared.parallel.vae_patch_parallel_size > 1:
+    if prepared.parallel.vae_patch_parallel_size > 1 and prepared.parallel.vae_parallel_mode == "tile":
         vaes: list[Any] = [component.module for component in discover(pipeline).by_role("vae")]
         for vae in vaes:
             if hasattr(vae, "enable_tiling"):

@@ -110,7 +110,7 @@ class Placed:
                 pipeline.to(device)
         self._prompts.install()
         self._split.work.add(self._sharing.install().run)
-        self._split.work.add(split_work(pipeline, self.mesh, self._meeting).run)
+        self._split.work.add(split_work(pipeline, self.mesh, self._meeting, self.tell).run)
         self._split.work.add(self._meeting.hold)  # first of all, when it is removed
 
     def tell(self, note: str) -> None:

@@ -1,6 +1,6 @@
 """Splitting a pipeline over ranks, in the one order in which splits go together.
 
-    stages -> slices -> (weights are placed) -> sequences -> guidance -> tiles -> the pipeline's call
+    stages -> slices -> (weights are placed) -> sequences -> guidance -> the VAE -> the pipeline's call
 
 Weights first, so that what is placed is only this rank's; then hooks, from the blocks outwards. Owns this order, what
 each split is applied to, and what is refused before weights load. Does not know how a split works.
@@ -18,6 +18,7 @@ from penstock.distributed import parallel_state
 from penstock.distributed.guidance.calls import apply_guidance
 from penstock.distributed.guidance.rounds import Rounds, rounds_of
 from penstock.distributed.mesh import Mesh
+from penstock.distributed.patch.autoencoder import VAE_CALLS, apply_patches, check_patches
 from penstock.distributed.sequence.knowledge import apply_sequences
 from penstock.distributed.stages import apply_stages
 from penstock.distributed.tensor import apply_tensor
@@ -33,8 +34,7 @@ from penstock.profile import Role
 from penstock.undo import Undo
 from penstock.weights.maps import MappedFiles
 
-_VAE_CALLS = ("encode", "decode")
-PLAIN_IS_TILED = True
+Tell = Callable[[str], None]
 
 
 def check_splits(pipeline: Any, parallel: ParallelConfig) -> None:
@@ -54,28 +54,39 @@ def check_splits(pipeline: Any, parallel: ParallelConfig) -> None:
         )
     check_denoisers(pipeline, parallel)
     if parallel.vae_patch_parallel_size > 1:
-        _tiled_vaes(pipeline, parallel.vae_patch_parallel_size)
+        _split_vaes(pipeline, parallel)
 
 
-def _tiled_vaes(pipeline: Any, size: int) -> list[nn.Module]:
-    """The VAEs whose tiles can be spread; one of sound beside one of pictures may have none.
+def _split_vaes(pipeline: Any, parallel: ParallelConfig) -> list[nn.Module]:
+    """The VAEs that can be spread as asked; in tiles, one of sound beside one of pictures may have none.
 
     Raises:
-        ConfigError: where no VAE has any.
+        ConfigError: where no VAE can.
     """
     refused: list[ConfigError] = []
-    tiled = []
+    found = []
     for vae in _modules(pipeline, "vae"):
         try:
-            check_tiles(vae)
-            tiled.append(vae)
+            (check_tiles if parallel.vae_parallel_mode == "tile" else check_patches)(vae)
+            found.append(vae)
         except ConfigError as error:
             refused.append(error)
-    if tiled:
-        return tiled
+    if found:
+        return found
     if refused:
         raise refused[0]
-    raise ConfigError(f"vae_patch_parallel_size({size}): {type(pipeline).__name__} has no VAE. Leave it at 1.")
+    raise ConfigError(
+        f"vae_patch_parallel_size({parallel.vae_patch_parallel_size}): {type(pipeline).__name__} has no VAE. Leave it "
+        "at 1."
+    )
+
+
+def _has_tiles(vae: nn.Module) -> bool:
+    try:
+        check_tiles(vae)
+    except ConfigError:
+        return False
+    return True
 
 
 def split_weights(pipeline: Any, mesh: Mesh) -> Undo:
@@ -109,13 +120,14 @@ def split_weights(pipeline: Any, mesh: Mesh) -> Undo:
     return undo
 
 
-def split_work(pipeline: Any, mesh: Mesh, meeting: Meeting | None = None) -> Undo:
+def split_work(pipeline: Any, mesh: Mesh, meeting: Meeting | None = None, tell: Tell = print) -> Undo:
     """Split what a placed pipeline computes.
 
     Args:
         pipeline: whose weights are where they will be.
         mesh: all other axes.
         meeting: of the ranks that share its weights.
+        tell: takes notes for the user, now and after calls.
 
     Returns:
         What takes it back.
@@ -135,10 +147,25 @@ def split_work(pipeline: Any, mesh: Mesh, meeting: Meeting | None = None) -> Und
         if shares_weights(mesh):
             undo.add(_close_rounds(pipeline, rounds_of(mesh["cfg"])).run)
         if mesh["vae"].size > 1:
-            for vae in _tiled_vaes(pipeline, mesh["vae"].size):
-                undo.add(apply_tiles(vae, mesh["vae"]).run)
-                undo.add(apply_agreement(vae, mesh, [name for name in _VAE_CALLS if hasattr(vae, name)]).run)
+            for vae in _split_vaes(pipeline, mesh.config):
+                undo.add(_split_vae(vae, mesh, tell).run)
         undo.add(apply_together(pipeline, mesh, meeting).run)
+    return undo
+
+
+def _split_vae(vae: nn.Module, mesh: Mesh, tell: Tell) -> Undo:
+    """Spread a VAE over its ranks: by its tiles where it is tiled, else by rows."""
+    name, group, is_tiled = type(vae).__name__, mesh["vae"], mesh.config.vae_parallel_mode == "tile"
+    with Undo() as undo:
+        if is_tiled or _has_tiles(vae):
+            undo.add(apply_tiles(vae, group, is_switched_on=is_tiled).run)
+        if is_tiled:
+            tell(f"{name}: in tiles, over {group.size} ranks; the picture is that of a tiled VAE.")
+        else:
+            undo.add(apply_patches(vae, group, tell).run)
+            parts = "its tiles, as it is tiled" if getattr(vae, "use_tiling", False) else "rows of the plain picture"
+            tell(f"{name}: by {parts}, over {group.size} ranks.")
+        undo.add(apply_agreement(vae, mesh, [method for method in VAE_CALLS if hasattr(vae, method)]).run)
     return undo
 
 
