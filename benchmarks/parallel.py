@@ -37,12 +37,14 @@ SYSTEMS = {
     "flux-wide-fp32": DENOISER,
     "wan-bf16": ("cfg", *DENOISER),
     "wan-fp32": ("cfg", *DENOISER),
-    "picture-fp32": ("tiles",),
-    "video-fp32": ("tiles",),
+    "picture-fp32": ("rows",),
+    "video-fp32": ("rows",),
+    "tiled-picture-fp32": ("tiles",),
+    "tiled-video-fp32": ("tiles",),
 }
 ALONE = ("plain", "placed")
 CONTROL = "at once"
-AIMS = {"cfg": 1.9, "ulysses": 1.8, "tiles": 1.8}
+AIMS = {"cfg": 1.9, "ulysses": 1.8, "rows": 1.8, "tiles": 1.8}
 MOST_OVERHEAD = 0.01
 TOLERANCES = {"bf16": 0.05, "fp32": 1e-4}
 EXACT = ("plain", "placed", CONTROL, "cfg", "tiles")

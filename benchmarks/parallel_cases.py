@@ -27,6 +27,7 @@ class Case:
         text: tokens of text.
         heads: of the denoiser, each 128 wide; of the VAE, 16 or 32 channels.
         layers: blocks: of two streams and of one for Flux.
+        is_tiled: the VAE decodes in tiles.
     """
 
     model: str
@@ -35,6 +36,7 @@ class Case:
     text: int = 0
     heads: int = 12
     layers: tuple[int, ...] = ()
+    is_tiled: bool = False
 
     @property
     def width(self) -> int:
@@ -65,6 +67,8 @@ CASES = {
     "wan-fp32": Case("wan", FP32, (3, 12, 16), text=128, layers=(2,)),
     "picture-fp32": Case("picture", FP32, (1, 64, 64), heads=1),
     "video-fp32": Case("video", FP32, (2, 28, 28), heads=1),
+    "tiled-picture-fp32": Case("picture", FP32, (1, 64, 64), heads=1, is_tiled=True),
+    "tiled-video-fp32": Case("video", FP32, (2, 28, 28), heads=1, is_tiled=True),
 }
 
 
@@ -90,7 +94,7 @@ class Denoising:
 
 
 class Decoding:
-    """A pipeline around one VAE, tiled; a step is one decode."""
+    """A pipeline around one VAE; a step is one decode."""
 
     def __init__(self, vae: Any) -> None:
         self.vae = vae
@@ -134,10 +138,10 @@ def build_model(case: Case) -> torch.nn.Module:
             latent_channels=16,
             sample_size=256,  # tiles of 32 x 32 latents
         )
-        model.enable_tiling()
     else:
         model = AutoencoderKLWan(base_dim=16 * case.heads)
-        model.enable_tiling(128, 128, 96, 96)  # tiles of 16 x 16 latents
+    if case.is_tiled:
+        model.enable_tiling(*() if case.model == "picture" else (128, 128, 96, 96))  # of 16 x 16 latents
     return cast(model, case.dtype).eval()
 
 

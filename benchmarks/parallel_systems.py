@@ -6,7 +6,7 @@
 
     plain              the stock model; on several ranks, each for itself, at the same time
     placed             penstock.apply with nothing split
-    ulysses, ring, tensor, cfg, tiles    penstock.apply with that degree set to the number of ranks
+    ulysses, ring, tensor, cfg, rows, tiles    penstock.apply with that degree set to the number of ranks
     diffusers-ulysses, diffusers-ring, diffusers-tensor    diffusers' own, put in place by hand: its
                        `enable_parallelism` divides by the number of accelerators, which is zero on the CPU
 
@@ -51,7 +51,8 @@ DEGREES = {
     "ring": "ring_degree",
     "tensor": "tensor_parallel_size",
     "cfg": "cfg_parallel_size",
-    "tiles": "vae_patch_parallel_size",
+    "rows": "vae_patch_parallel_size",
+    "tiles": "vae_patch_parallel_size",  # of a VAE that is tiled already
 }
 RIVAL_FAILURES = (ValueError, RuntimeError, NotImplementedError, AssertionError)
 
@@ -61,7 +62,7 @@ class ExchangeClock:
 
     def __init__(self) -> None:
         self.seconds = 0.0
-        for name in ("all_gather", "all_to_all", "all_reduce", "broadcast"):
+        for name in ("all_gather", "all_to_all", "all_reduce", "broadcast", "trade"):
             setattr(Group, name, self._timed(getattr(Group, name)))
         shift = self._timed(Group.shift)
 

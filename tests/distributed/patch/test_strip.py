@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from penstock.distributed.patch.layout import Layout
 from penstock.distributed.patch.strip import Exchange, Strip
@@ -24,7 +25,9 @@ def described() -> bool:
     assert strip.numel() == x.numel() > strip.local.numel()
     assert strip.tolist() == x.tolist() and (strip.numpy() == x.numpy()).all()
     assert float(strip.sum()) == pytest.approx(float(x.sum()), abs=1e-4)
-    assert repr(strip) == repr(x) and torch.equal(copy.deepcopy(strip), x)
+    if dist.get_rank() == 0:  # one rank may print alone
+        assert repr(strip).startswith("Strip(rows (0, 6) of dim 2, shape=(2, 4, 16, 6)")
+    assert torch.equal(copy.deepcopy(strip), x)
     assert bool((strip == x).all())
     return torch.equal(strip.whole(), x)
 
@@ -50,7 +53,7 @@ def travel() -> tuple[bool, dict[str, int], int]:
 
 def test_rows_come_from_those_that_hold_them() -> None:
     ranks = run_ranks(3, travel)
-    row_bytes = 3 * 2 * 2 * 4
+    row_bytes = 3 * 2 * 2 * 2 * 4
     assert [found[0] for found in ranks] == [True] * 3
     assert [found[1] for found in ranks] == [{"trade": 1}] * 3
     assert [found[2] for found in ranks] == [row_bytes, 4 * row_bytes, 0]

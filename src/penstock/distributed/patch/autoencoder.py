@@ -106,7 +106,12 @@ class _Patches:
             return stock(*args, **kwargs)
         sample = samples[0]
         layout = best_layout(sample.shape, self._group.size, _COARSEST)
-        if layout is None or self._needs_gradients(samples):
+        reason = self._reason_against(stock, samples)
+        if layout is None or reason is not None:
+            reason = reason or f"a tensor of shape {tuple(sample.shape)} has fewer rows and columns than ranks"
+            self._note(
+                reason, f"{type(self._vae).__name__}.{name} ran whole on each of {self._group.size} ranks: {reason}."
+            )
             return stock(*args, **kwargs)
         self._meet(sample.device)
         exchange = Exchange(self._group)
@@ -118,12 +123,19 @@ class _Patches:
             result = put_together(stock(*args, **kwargs))
         finally:
             self._is_running = False
-        self._note(name, exchange)
+        where = f"{type(self._vae).__name__}.{name}"
+        for operation in sorted(exchange.whole):
+            self._note(operation, f"{where}: {operation} ran whole on each of {self._group.size} ranks, not by rows.")
         return result
 
-    def _needs_gradients(self, samples: Sequence[Tensor]) -> bool:
+    def _reason_against(self, stock: Callable[..., Any], samples: Sequence[Tensor]) -> str | None:
+        """Why a call must run whole, if it must."""
         weights = self._vae.parameters()
-        return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*samples, *weights))
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*samples, *weights)):
+            return "gradients pass through it (torch.no_grad() avoids that)"
+        if hasattr(stock, "_torchdynamo_orig_callable") or any(map(_is_compiled, self._vae.modules())):
+            return "the VAE is compiled"
+        return None
 
     def _meet(self, device: torch.device) -> None:
         """Have all ranks take part in a first exchange, which NCCL wants before messages between two of them."""
@@ -131,11 +143,12 @@ class _Patches:
             self._group.all_reduce(torch.zeros(1, device=device))
         self._has_met = True
 
-    def _note(self, name: str, exchange: Exchange) -> None:
-        new = sorted(set(exchange.whole) - self._told)
-        if new:
-            self._told.update(new)
-            self._tell(
-                f"{type(self._vae).__name__}.{name}: {', '.join(new)} ran whole on each of {self._group.size} ranks, "
-                "as rows cannot be told apart there."
-            )
+    def _note(self, key: str, note: str) -> None:
+        """Tell the user something once."""
+        if key not in self._told:
+            self._told.add(key)
+            self._tell(note)
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return module._compiled_call_impl is not None or hasattr(module, "_torchdynamo_orig_callable")

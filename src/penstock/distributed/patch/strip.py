@@ -25,7 +25,7 @@ Handler = Callable[[Any, dict[str, Any]], Any]
 _HANDLERS: dict[str, Handler] = {}
 _ATTENTION = "scaled_dot_product_attention"
 _TAKEN = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-_PAST_DISPATCH = ("numpy", "tolist", "__array__", "__repr__", "__format__", "__deepcopy__", "__reduce_ex__", "data_ptr")
+_PAST_DISPATCH = ("numpy", "tolist", "__array__", "__deepcopy__", "__reduce_ex__")
 """Methods that read values from memory: given the whole tensor. All ranks must call them."""
 _ROWWISE = frozenset(
     {
@@ -161,6 +161,14 @@ class Strip(Tensor):
     def like(self, local: Tensor, layout: Layout | None = None) -> Strip:
         """Another strip of the same ranks, with this layout where none is given."""
         return Strip.of(local, layout or self.spread, self.exchange)
+
+    def __repr__(self, **options: Any) -> str:  # type: ignore[override]
+        held = (
+            "whole"
+            if self.spread is None
+            else f"rows {self.spread.ranges()[self.exchange.group.rank]} of dim {self.spread.dim}"
+        )
+        return f"Strip({held}, shape={tuple(self.shape)}, dtype={self.dtype}, device='{self.device}')"
 
     def cut(self, layout: Layout) -> Tensor:
         """This rank's rows in another layout."""
