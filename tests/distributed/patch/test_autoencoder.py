@@ -280,8 +280,8 @@ def tiled(is_early: bool) -> tuple[bool, int, bool]:
 
 @pytest.mark.parametrize("is_early", [True, False])
 def test_a_tiled_vae_keeps_its_tiles(is_early: bool) -> None:
-    for is_same, num_tiles, is_plain in run_ranks(2, tiled, is_early):
-        assert is_same and is_plain and num_tiles > 1
+    for is_same, num_tiles, is_untiled in run_ranks(2, tiled, is_early):
+        assert is_same and is_untiled and num_tiles > 1
 
 
 def noisy() -> float:
