@@ -295,7 +295,7 @@ def allowed(moved: tuple[Difference, ...], dtype: torch.dtype) -> float:
 
 @contextmanager
 def rounded_otherwise(pipeline: Any, roles: Sequence[Role] = ("denoiser",)) -> Iterator[None]:
-    """Move what each layer of the components with some roles returns by a unit in its last place inside, up or down at random.
+    """Move what each layer of some components returns by a unit in its last place inside, up or down at random.
 
     A sum in another order does about that to a layer; how much of it reaches the picture depends on the model. The
     draws have a seed of their own. Source: Monte Carlo arithmetic (Parker, 1997).
