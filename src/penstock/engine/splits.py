@@ -168,7 +168,8 @@ def _split_vae(vae: nn.Module, mesh: Mesh, tell: Tell) -> Undo:
             tell(f"{name}: in tiles, over {group.size} ranks; the picture is that of a tiled VAE.")
         else:
             undo.add(apply_patches(vae, group, tell).run)
-            parts = "its tiles, as it is tiled" if getattr(vae, "use_tiling", False) else "rows of the plain picture"
+            is_tiled = has_tiles and getattr(vae, "use_tiling", False)
+            parts = "its tiles, as it is tiled" if is_tiled else "rows of the plain picture"
             tell(f"{name}: by {parts}, over {group.size} ranks.")
         undo.add(apply_agreement(vae, mesh, [method for method in VAE_CALLS if hasattr(vae, method)]).run)
     return undo

@@ -170,6 +170,10 @@ class Strip(Tensor):
         )
         return f"Strip({held}, shape={tuple(self.shape)}, dtype={self.dtype}, device='{self.device}')"
 
+    def untyped_storage(self) -> torch.UntypedStorage:
+        """The storage of this rank's rows: who asks whether a tensor is a view of a weight is told right."""
+        return self.local.untyped_storage()
+
     def cut(self, layout: Layout) -> Tensor:
         """This rank's rows in another layout."""
         return self.local if self.spread == layout else self.exchange.take(self.whole(), layout)
