@@ -162,7 +162,8 @@ def _split_vae(vae: nn.Module, mesh: Mesh, tell: Tell) -> Undo:
     """Spread a VAE over its ranks: by its tiles where it is tiled, else by rows."""
     name, group, is_tiled = type(vae).__name__, mesh["vae"], mesh.config.vae_parallel_mode == "tile"
     with Undo() as undo:
-        if is_tiled or _has_tiles(vae):
+        has_tiles = is_tiled or _has_tiles(vae)
+        if has_tiles:
             undo.add(apply_tiles(vae, group, is_switched_on=is_tiled).run)
         if is_tiled:
             tell(f"{name}: in tiles, over {group.size} ranks; the picture is that of a tiled VAE.")
