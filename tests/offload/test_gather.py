@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from dataclasses import replace
@@ -25,6 +24,7 @@ from penstock.weights.ranges import PAGE_BYTES
 from penstock.weights.shards import ShardSource
 from penstock.weights.sources import Part, Source
 from tests.offload.toys import CPU, Scripted
+from tests.waiting import has_ended, threads_of, wait_until
 
 SIZE = 2 * PAGE_BYTES
 
@@ -161,7 +161,7 @@ def test_transfers_of_one_group_share_its_thread_and_the_last_ends_it() -> None:
     transfers[0].close()
     assert len(threads()) == 1
     transfers[1].close()
-    assert not threads()
+    assert has_ended("penstock-gather")
 
 
 @pytest.mark.parametrize("num_closed", [0, 1])
@@ -176,15 +176,12 @@ def test_a_transfer_that_is_only_forgotten_keeps_neither_its_memory_nor_the_thre
         transfers.pop(0).close()
     transfers.clear()
     alone.meeting.parts.clear()
-    deadline_s = time.monotonic() + 5
-    while (threads() or memory() is not None) and time.monotonic() < deadline_s:  # the thread lets go a moment later
-        gc.collect()
-        time.sleep(0.01)
-    assert kept() is None and memory() is None and not threads()
+    wait_until(lambda: gc.collect() >= 0 and not threads() and memory() is None)  # the thread lets go a moment later
+    assert kept() is None
 
 
-def threads() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("penstock-gather")]
+def threads() -> set[str]:
+    return threads_of("penstock-gather")
 
 
 def test_whole_units_are_read_as_ever() -> None:
