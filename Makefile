@@ -2,13 +2,18 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test thorough lint types check compatibility setup clean
+.PHONY: demo test test-avx2 thorough lint types check compatibility setup clean
 
 demo: setup
 	$(BIN)/penstock generate demo "a red circle left of a blue square" --seed 0 --out out.png
 
 test: setup
 	$(BIN)/pytest --numprocesses 2 --dist worksteal
+
+test-avx2: setup  # what compares bits and tolerances, with the kernels of a processor without AVX-512
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 $(BIN)/pytest -q --numprocesses 2 \
+		--dist worksteal --ignore tests/parity/test_memory.py \
+		tests/parity tests/distributed/guidance/test_calls.py tests/test_tolerance.py
 
 thorough: setup  # all combinations, of which `make test` takes some by turns
 	PENSTOCK_THOROUGH=1 $(BIN)/pytest --numprocesses 2 --dist worksteal

@@ -22,6 +22,7 @@ from penstock.errors import ConfigError, GenerationError, WeightsError
 from penstock.report import Report
 from tests import zoo
 from tests.parity.test_offload import is_equal
+from tests.waiting import has_ended
 
 
 @pytest.fixture
@@ -48,13 +49,13 @@ def footprint(pipeline: Any) -> list[Any]:
 @pytest.mark.parametrize("mode", ["sequential", "layerwise"])
 def test_remove_leaves_nothing_behind(flux: Any, mode: str) -> None:
     made(flux)  # a pipeline that has run remembers its last arguments
-    before, threads = footprint(flux), threading.active_count()
+    before = footprint(flux)
     placed = penstock.apply(flux, offload=mode)
     made(flux)
     assert footprint(flux) != before
     placed.remove()
     placed.remove()  # a second time does nothing
-    assert footprint(flux) == before and threading.active_count() == threads
+    assert footprint(flux) == before and has_ended()
     assert penstock.placed_on(flux) is None
     with penstock.apply(flux, offload=mode) as again:
         assert penstock.placed_on(flux) is again
@@ -263,7 +264,6 @@ def test_repeated_prompt_needs_no_encoder(flux: Any) -> None:
 
 
 def test_placed_pipeline_is_freed_with_its_last_reference(zoo_folder: Callable[[str], Path]) -> None:
-    threads = threading.active_count()
     pipeline = DiffusionPipeline.from_pretrained(zoo_folder("flux"))
     placed = penstock.apply(pipeline, offload="layerwise")
     made(pipeline)
@@ -271,10 +271,7 @@ def test_placed_pipeline_is_freed_with_its_last_reference(zoo_folder: Callable[[
     gc.collect()
     gc.collect()
     assert not [value for value in gc.get_objects() if type(value).__name__ == "Streamer"]
-    for thread in threading.enumerate():
-        if thread.name.startswith("penstock-reader"):
-            thread.join(5)
-    assert threading.active_count() == threads
+    assert has_ended()
 
 
 def test_read_error_in_the_background_is_raised_at_its_block(flux: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from penstock.errors import ConfigError
 from penstock.machine import read_machine
 from penstock.plan import Plan
 from tests import zoo
+from tests.turns import by_turns
 
 CPU = torch.device("cpu")
 
@@ -34,8 +35,10 @@ def shrink(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     )
 
 
-@pytest.mark.parametrize("name", [name for name in zoo.NAMES if name != "stranger"])
-@pytest.mark.parametrize("mode", ["sequential", "layerwise"])
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    by_turns([(name, mode) for name in zoo.NAMES if name != "stranger" for mode in ("sequential", "layerwise")], 5),
+)
 def test_plan_from_the_headers_is_the_plan_of_the_loaded_weights(
     name: str, mode: str, zoo_folder: Callable[[str], Path]
 ) -> None:

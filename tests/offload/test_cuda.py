@@ -25,6 +25,7 @@ from penstock.weights.sources import FileSource, Part
 from tests.offload.races import Cuda
 from tests.offload.rigs import GPU, PAGE, rig_of, streaming
 from tests.offload.toys import CPU, Pipeline, Scripted
+from tests.waiting import has_ended
 
 WAYS = ["store", "ring", "shards on it", "shards in store", "shards in files"]
 NEEDED = {
@@ -164,7 +165,7 @@ def test_a_cancelled_fill_is_dropped_if_nobody_began_it_and_finished_if_somebody
     assert begun.work[0].work[0].done() and written == ["begun"]
     rig.transfer.close()
     assert written == ["begun"]
-    assert not any(thread.name.startswith("penstock-reader") for thread in threading.enumerate())
+    assert has_ended("penstock-reader")
 
 
 def test_a_fill_from_files_does_not_hold_up_the_one_before_it() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from penstock.timeline import Timeline
 from penstock.weights.maps import MappedFiles
 from tests import zoo
 from tests.offload.toys import CPU, Pipeline, streamed
+from tests.waiting import has_ended
 
 
 def modules_of(pipeline: Any) -> list[nn.Module]:
@@ -38,10 +38,6 @@ def traces(pipeline: Any) -> list[Any]:
         found.extend(len(value) for name, value in sorted(vars(module).items()) if "hooks" in name)
         found.extend(id(tensor) for tensor in (*module._parameters.values(), *module._buffers.values()))
     return found
-
-
-def readers() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("penstock")]
 
 
 def addresses(streamer: Streamer) -> list[int]:
@@ -61,7 +57,7 @@ def test_removing_leaves_nothing(has_run: bool) -> None:
                 zoo.run(pipeline, "flux")
             streamer.remove()  # and once more at the end
         assert traces(pipeline) == before
-        assert readers() == []
+        assert has_ended()
 
 
 def test_removing_in_the_middle_of_fills_leaves_nothing() -> None:
@@ -71,7 +67,7 @@ def test_removing_in_the_middle_of_fills_leaves_nothing() -> None:
     with streamed(pipeline, 2) as streamer:
         for tenant in streamer.tenants:
             streamer.residency.enter(tenant)
-    assert traces(pipeline) == before and readers() == []
+    assert traces(pipeline) == before and has_ended()
     assert torch.equal(pipeline(), expected)
 
 
@@ -84,7 +80,7 @@ def test_an_installation_that_fails_leaves_nothing(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(streamers, "guard", fail)
     with pytest.raises(ConfigError, match="no guards today"), streamed(pipeline, 1):
         raise AssertionError("installed")
-    assert traces(pipeline) == before and readers() == []
+    assert traces(pipeline) == before and has_ended()
 
 
 def test_nothing_keeps_a_removed_arena_alive() -> None:
@@ -123,7 +119,7 @@ def test_settings_reach_what_they_name(monkeypatch: pytest.MonkeyPatch) -> None:
     assert streamer.host_bytes == sum(tenant.plan.num_bytes for tenant in moving) > 0
     assert {tenant.source.kind for tenant in moving} == {"host"} and streamer.store is not None
     streamer.remove()
-    assert torch.equal(pipeline(), expected) and readers() == []
+    assert torch.equal(pipeline(), expected) and has_ended()
 
 
 def test_fixed_buffers_move_with_their_ties_and_come_back() -> None:
@@ -200,4 +196,4 @@ def test_a_file_that_changes_underneath_is_told(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").rename(file)
     zoo.run(pipeline, "flux")
     streamer.remove()
-    assert readers() == []
+    assert has_ended()

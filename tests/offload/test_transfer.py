@@ -13,6 +13,7 @@ from penstock.timeline import Timeline
 from penstock.weights.memory import Arena
 from penstock.weights.sources import Part
 from tests.offload.toys import CPU, Scripted
+from tests.waiting import has_ended, threads_of
 
 NUM = 8
 
@@ -27,10 +28,6 @@ def value(number: int) -> Part:
     return Part(NUM * number, NUM, lambda memory: memory.__setitem__(slice(None), bytes([number]) * NUM))
 
 
-def readers() -> set[str]:
-    return {thread.name for thread in threading.enumerate() if thread.name.startswith("penstock-reader")}
-
-
 def test_parts_reach_their_places_and_are_counted(arena: Arena) -> None:
     timeline = Timeline()
     transfer = HostTransfer(arena, timeline)
@@ -42,9 +39,9 @@ def test_parts_reach_their_places_and_are_counted(arena: Arena) -> None:
     assert transfer.moved_bytes == 40 and transfer.busy_s > 0
     spans = timeline.spans
     assert [(span.kind, span.unit, span.num_bytes) for span in spans] == [("fill", "unit", NUM)] * 5
-    assert {span.lane for span in spans} <= readers()
+    assert {span.lane for span in spans} <= threads_of("penstock-reader")
     transfer.close()
-    assert not readers()
+    assert has_ended("penstock-reader")
 
 
 def test_margins_are_lent_to_the_part(arena: Arena) -> None:
@@ -123,6 +120,6 @@ def test_closing_drops_what_is_queued_and_ends_the_threads(arena: Arena) -> None
     parts = [Part(0, 1, write)] * 100
     transfer.submit("unit", Scripted(parts), 0)
     transfer.close()
-    assert len(written) < 100 and not readers()
+    assert len(written) < 100 and has_ended("penstock-reader")
     with pytest.raises(RuntimeError):
         transfer.submit("unit", Scripted([value(0)]), 0)

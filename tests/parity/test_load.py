@@ -13,10 +13,11 @@ from diffusers import DiffusionPipeline
 import penstock
 from penstock.engine.parity import compare, damaged_weight, record
 from tests import zoo
+from tests.turns import by_turns
 from tests.zoo.stranger import StrangerPipeline
 
 
-@pytest.mark.parametrize("name", [name for name in zoo.NAMES if name != "stranger"])
+@pytest.mark.parametrize("name", by_turns([name for name in zoo.NAMES if name != "stranger"], 4, 2))
 def test_load_is_bit_identical_and_damage_is_noticed(name: str, zoo_folder: Callable[[str], Path]) -> None:
     call = dict(zoo.ENTRIES[name].call)
     folder = zoo_folder(name)
