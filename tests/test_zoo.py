@@ -18,6 +18,7 @@ from PIL import Image
 from torch import nn
 
 from tests import processes, zoo
+from tests.tolerance import difference, tolerance_of_pipeline
 from tests.zoo import tokenizers
 
 WANTED = (
@@ -210,10 +211,10 @@ def test_blocks(name: str, built: Callable[..., DiffusionPipeline], plain: Calla
 
 @pytest.mark.parametrize("name", zoo.NAMES)
 def test_folder(name: str, load: Callable[..., DiffusionPipeline], plain: Callable[[str], Tensors]) -> None:
-    """A saved pipeline comes back with the same weights and gives the same output, bit for bit."""
+    """A saved pipeline comes back with the same weights, bit for bit, and gives the same output but for rounding."""
     pipe = load(name)
     assert digest(pipe) == digest(zoo.build(name))
-    assert equal(plain(name), zoo.tensors(zoo.run(zoo.unmap(pipe), name)))
+    assert difference(zoo.tensors(zoo.run(zoo.unmap(pipe), name)), plain(name)) < tolerance_of_pipeline(name)
 
 
 @pytest.mark.parametrize("name", zoo.NAMES)
