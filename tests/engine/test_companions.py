@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import torch
 from torch import Tensor, nn
 
 import penstock
@@ -17,8 +16,8 @@ from penstock.engine import companions
 from penstock.engine.companions import check_denoisers, denoisers_of, is_split, notes_of_companions
 from penstock.errors import ConfigError
 from tests import zoo
-from tests.distributed.sequences import difference
 from tests.ranks import run_ranks
+from tests.tolerance import difference, tolerance_of
 from tests.zoo import controlnets
 
 AXES: dict[str, dict[str, int]] = {
@@ -27,10 +26,6 @@ AXES: dict[str, dict[str, int]] = {
     "tensor": {"tensor_parallel_size": 2},
     "stages": {"pipeline_parallel_size": 2},
 }
-ORDERS = {"ulysses": 0, "stages": 0}
-"""Axes that leave the order of all sums: the picture is the same to the last bit."""
-NOISE, TIMES = 1e-6, 30
-"""Relative change of the control's weights, about eight roundings, and how often as far as it a split may be."""
 OF_ALL = {  # the axes that are tried; where heads do not divide, or a class has no plan, fewer
     "flux_two": AXES,
     "sd3_one": AXES,
@@ -52,25 +47,17 @@ def picture(pipe: Any, name: str, **overrides: Any) -> list[Tensor]:
     return list(zoo.tensors(controlnets.run(pipe, name, seed=5, **overrides)))
 
 
-def rounded(pipe: Any) -> Any:
-    """The pipeline with weights of its denoiser that are off by a few roundings: the control."""
-    generator = torch.Generator().manual_seed(0)
-    for weight in pipe.transformer.parameters():
-        weight.data *= 1 + NOISE * torch.randn(weight.shape, generator=generator)
-    return pipe
-
-
 def traffic(placed: Any) -> dict[str, int]:
     axes = ("ulysses", "ring", "sequence", "tensor", "pipeline")
     return {f"{item.axis} {item.operation}": item.num_calls for item in placed.report().traffic if item.axis in axes}
 
 
 def split(name: str, degrees: dict[str, int]) -> dict[str, Any]:
-    """On every rank: how far its picture is from the plain one, and the control's; and what is exchanged."""
+    """On every rank: how far its picture is from the plain one, and may be; and what is exchanged."""
     parallel_state.set_mesh(None)
     pipe = controlnets.build(name)
     plain = picture(pipe, name)
-    control = difference(picture(rounded(controlnets.build(name)), name), plain)
+    allowed = tolerance_of(pipe, lambda: picture(pipe, name), plain)
     without = difference(picture(silenced(controlnets.build(name), name), name), plain)
     with penstock.apply(pipe, device="cpu", offload="none", parallel=ParallelConfig(**degrees)) as placed:
         far, again = difference(picture(pipe, name), plain), difference(picture(pipe, name), plain)
@@ -80,7 +67,7 @@ def split(name: str, degrees: dict[str, int]) -> dict[str, Any]:
     with penstock.apply(pipe, device="cpu", offload="none", parallel=ParallelConfig(**degrees)) as placed:
         picture(pipe, name), picture(pipe, name)
         assert exchanged == traffic(placed), "without a ControlNet as much is exchanged"
-    return {"far": max(far, again), "control": control, "without": without, "notes": notes, "exchanged": exchanged}
+    return {"far": max(far, again), "allowed": allowed, "without": without, "notes": notes, "exchanged": exchanged}
 
 
 def silenced(pipe: Any, name: str) -> Any:
@@ -99,7 +86,7 @@ def cases() -> Iterator[Any]:
 @pytest.mark.parametrize(("name", "axis"), list(cases()))
 def test_the_picture_is_the_plain_one(name: str, axis: str) -> None:
     for found in run_ranks(2, split, name, AXES[axis]):
-        bound = ORDERS.get(axis, TIMES * found["control"])
+        bound = 0 if axis == "stages" else found["allowed"]  # stages run the very kernels of one rank
         assert found["far"] <= bound < found["without"] / 30
         assert found["exchanged"]
         (note,) = found["notes"]
@@ -138,17 +125,18 @@ def test_residuals_that_are_not_cut_do_not_fit() -> None:
 
 
 def shared_modules(is_guarded: bool) -> tuple[float, dict[str, int]]:
-    """On every rank: how far Z-Image is from plain, whose ControlNet runs modules of the split transformer."""
+    """On every rank: how far Z-Image is from plain, as a part of what is allowed; and what is exchanged."""
     parallel_state.set_mesh(None)
     pipe = controlnets.build("z_image_one")
     plain = picture(pipe, "z_image_one")
+    allowed = tolerance_of(pipe, lambda: picture(pipe, "z_image_one"), plain)
     while_running = blocks._Split.while_running
     if not is_guarded:
         blocks._Split.while_running = lambda self, hook, *given: hook(*given)  # type: ignore[method-assign]
         blocks._Split.is_running = property(lambda self: True, lambda self, value: None)  # type: ignore[assignment]
     try:
         with penstock.apply(pipe, device="cpu", offload="none", parallel=ParallelConfig(ulysses_degree=2)) as placed:
-            return difference(picture(pipe, "z_image_one"), plain), traffic(placed)
+            return difference(picture(pipe, "z_image_one"), plain) / allowed, traffic(placed)
     finally:
         if not is_guarded:
             blocks._Split.while_running = while_running  # type: ignore[method-assign]
@@ -158,7 +146,7 @@ def shared_modules(is_guarded: bool) -> tuple[float, dict[str, int]]:
 def test_modules_in_common_run_whole_where_the_other_model_runs_them() -> None:
     guarded = run_ranks(2, shared_modules, True)
     for (far, exchanged), (_, without) in zip(guarded, run_ranks(2, shared_modules, False), strict=True):
-        assert far == 0
+        assert far <= 1
         assert without["ulysses all_to_all"] > exchanged["ulysses all_to_all"], "the control: the hooks would act there"
 
 
@@ -167,6 +155,7 @@ def interrupted() -> list[float]:
     parallel_state.set_mesh(None)
     pipe = controlnets.build("z_image_one")
     plain = picture(pipe, "z_image_one")
+    allowed = tolerance_of(pipe, lambda: picture(pipe, "z_image_one"), plain)
     with penstock.apply(pipe, device="cpu", offload="none", parallel=ParallelConfig(ulysses_degree=2)) as placed:
         for module in (pipe.transformer.noise_refiner[0].attention, pipe.transformer.layers[1].attention):
             handle = module.to_q.register_forward_pre_hook(_interrupt_where_it_is_split)
@@ -174,7 +163,7 @@ def interrupted() -> list[float]:
                 picture(pipe, "z_image_one")
             handle.remove()
             before = traffic(placed)
-            far = difference(picture(pipe, "z_image_one"), plain)
+            far = difference(picture(pipe, "z_image_one"), plain) / allowed
             after = traffic(placed)
     return [far, after["ulysses all_to_all"] - before["ulysses all_to_all"]]
 
@@ -186,17 +175,18 @@ def _interrupt_where_it_is_split(module: nn.Module, args: tuple[Tensor, ...]) ->
 
 def test_after_ctrl_c_a_model_with_modules_in_common_runs_whole() -> None:
     for far, num_calls in run_ranks(2, interrupted):
-        assert far == 0
+        assert far <= 1
         assert num_calls == 2 * 2 * (2 + 5), "two steps, each of 7 blocks there and back"
 
 
 def cfg_and_sequence(name: str, degrees: dict[str, Any]) -> float:
-    """On every rank: how far from plain."""
+    """On every rank: how far from plain, as a part of what is allowed."""
     parallel_state.set_mesh(None)
     pipe = controlnets.build(name)
     plain = picture(pipe, name)
+    allowed = tolerance_of(pipe, lambda: picture(pipe, name), plain)
     with penstock.apply(pipe, device="cpu", offload="layerwise", parallel=ParallelConfig(**degrees)):
-        return difference(picture(pipe, name), plain)
+        return difference(picture(pipe, name), plain) / allowed
 
 
 @pytest.mark.parametrize(
@@ -210,7 +200,7 @@ def cfg_and_sequence(name: str, degrees: dict[str, Any]) -> float:
 )
 @pytest.mark.thorough
 def test_axes_go_together(name: str, degrees: dict[str, Any]) -> None:
-    assert max(run_ranks(4, cfg_and_sequence, name, degrees)) < 1e-4
+    assert max(run_ranks(4, cfg_and_sequence, name, degrees)) <= 1
 
 
 def test_a_unet_is_named_and_not_its_controlnet() -> None:
