@@ -19,7 +19,9 @@ from penstock.offload.rollback import Snapshot
 from tests import zoo
 from tests.parity.test_offload import is_equal, stock
 
-pytestmark = pytest.mark.filterwarnings("ignore:No LoRA keys", "ignore:Already found a")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:No LoRA keys", "ignore:Already found a", "ignore:Adapter .* was active which is now deleted"
+)
 _TEXT = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora"
 _NARROW = {f"{_TEXT}_A.weight": torch.ones(2, 99), f"{_TEXT}_B.weight": torch.ones(77, 2)}
 KINDS: dict[str, Callable[[dict[str, torch.Tensor]], Any]] = {

@@ -10,6 +10,7 @@ from weakref import ReferenceType, WeakKeyDictionary, ref
 
 from torch import nn
 
+from penstock.errors import DeclarationError
 from penstock.models.components import Component, discover
 
 _KEEPER = "_penstock_keeper"
@@ -48,7 +49,11 @@ def owner_of(pipeline: Any) -> tuple[Component, Any] | None:
 
     Cost: a look at each module.
     """
-    for component in discover(pipeline).components:
+    try:
+        components = discover(pipeline).components
+    except DeclarationError:  # nothing of it could be placed
+        return None
+    for component in components:
         for module in component.module.modules():
             found = _OWNERS.get(module)
             owner = found() if found is not None else None
