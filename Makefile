@@ -12,8 +12,8 @@ test: setup
 
 test-avx2: setup  # what compares bits and tolerances, with the kernels of a processor without AVX-512
 	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 $(BIN)/pytest -q --numprocesses 2 \
-		--dist worksteal --ignore tests/parity/test_memory.py \
-		tests/parity tests/distributed/guidance/test_calls.py tests/test_tolerance.py
+		--dist worksteal tests/parity/test_offload.py tests/parity/test_shards.py tests/parity/test_load.py \
+		tests/distributed/guidance/test_calls.py tests/test_tolerance.py
 
 thorough: setup  # all combinations, of which `make test` takes some by turns
 	PENSTOCK_THOROUGH=1 $(BIN)/pytest --numprocesses 2 --dist worksteal

@@ -39,7 +39,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (_ROOT, os.environ.get("
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(_PRELOADED)
 _TIMEOUT_S = 120.0
-_MOST_RANKS = 8  # kept at a time, in each process of the tests: a rank holds some 100 MB of its own
+_MOST_RANKS = 9  # kept at a time, in each process of the tests: a rank holds some 150 MB of its own
 _POOLS: dict[int, Pool] = {}
 
 
@@ -123,8 +123,9 @@ def run_ranks(
     os.environ["PENSTOCK_TEST_STARTER"] = str(os.getpid())
     if world_size not in _POOLS:
         while _POOLS and sum(_POOLS) + world_size > _MOST_RANKS:
-            _POOLS.pop(next(iter(_POOLS))).close()
+            _POOLS.pop(next(iter(_POOLS))).close()  # the one that was not used for the longest time
         _POOLS[world_size] = Pool(world_size)
+    _POOLS[world_size] = _POOLS.pop(world_size)
     try:
         return _POOLS[world_size].run(function, arguments, timeout_s)
     except BaseException:

@@ -54,6 +54,7 @@ def test_every_flag_reaches_its_setting(started: dict[str, Any], tmp_path: Path)
         "storage": "memory:",
         "database": "sqlite:///x",
         "max_storage": "2GiB",
+        "min_free_space": "1GiB",
         "ttl_s": 7,
         "server_name": "alpha",
         "lora_dir": str(tmp_path),

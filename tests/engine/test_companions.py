@@ -39,7 +39,6 @@ OF_ALL = {  # the axes that are tried; where heads do not divide, or a class has
 }
 FAST = {
     *(("flux_two", "ulysses"), ("flux_two", "stages"), ("sd3_one", "tensor"), ("qwen_one", "ring")),
-    *(("z_image_one", "ulysses"), ("hunyuan_one", "ulysses")),
 }
 
 

@@ -41,12 +41,12 @@ def by_rows(name: str, options: dict[str, Any], degrees: dict[str, Any]) -> tupl
 @pytest.mark.parametrize(
     ("name", "options", "num_ranks"),
     [
-        ("flux_img2img", {"offload": "none"}, 2),
         ("flux_img2img", STREAMED, 2),
-        ("wan21", STREAMED, 4),
         ("qwen_image", {"offload": "sequential"}, 2),
-        ("ltx2", STREAMED, 2),
-        ("sdxl", {"offload": "sequential"}, 4),
+        pytest.param("flux_img2img", {"offload": "none"}, 2, marks=pytest.mark.thorough),
+        pytest.param("wan21", STREAMED, 4, marks=pytest.mark.thorough),
+        pytest.param("ltx2", STREAMED, 2, marks=pytest.mark.thorough),
+        pytest.param("sdxl", {"offload": "sequential"}, 4, marks=pytest.mark.thorough),
     ],
     ids=str,
 )

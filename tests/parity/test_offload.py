@@ -43,7 +43,7 @@ def budget(share: str, pipeline: Any, mode: str) -> str | int:
 
 
 @pytest.mark.parametrize(
-    ("name", "way"), by_turns([(name, way) for name in zoo.NAMES for way in ("mapped", "built")], 5)
+    ("name", "way"), by_turns([(name, way) for name in zoo.NAMES for way in ("mapped", "built")], 7)
 )
 def test_placed_in_place_is_bit_identical_in_every_mode_and_budget(
     name: str, way: str, zoo_folder: Callable[[str], Path]
@@ -64,7 +64,7 @@ def test_placed_in_place_is_bit_identical_in_every_mode_and_budget(
     assert is_equal(plain, zoo.tensors(zoo.run(pipeline, name)))
 
 
-@pytest.mark.parametrize("name", by_turns([name for name in zoo.NAMES if name != "stranger"], 5, 1))
+@pytest.mark.parametrize("name", by_turns([name for name in zoo.NAMES if name != "stranger"], 7, 1))
 def test_loaded_from_a_path_is_bit_identical_in_every_mode_and_budget(
     name: str, zoo_folder: Callable[[str], Path]
 ) -> None:

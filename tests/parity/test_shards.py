@@ -62,7 +62,7 @@ def try_family(name: str, folder: Path, size: int) -> dict[str, float]:
     return found
 
 
-@pytest.mark.parametrize("name", by_turns(FAMILIES, 4))
+@pytest.mark.parametrize("name", by_turns(FAMILIES, 7))
 def test_two_ranks_make_the_picture_from_halves(name: str, zoo_folder: Callable[[str], Path]) -> None:
     for found in run_ranks(2, try_family, name, zoo_folder(name), 2):
         assert found["removed"] == 0

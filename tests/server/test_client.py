@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
 
 from penstock.wire import Failure
+from tests.server.browser import Turnstile
 from tests.server.engine_double import EngineDouble
 from tests.server.live import MODEL, Live, serving
 from tests.server.official import DEPRECATED, client, closing, picture, png, wait_for
@@ -72,14 +74,27 @@ def test_formats_and_urls(images: Live, name: str) -> None:
     assert picture(got.content) == (name.upper(), (128, 64))
 
 
+def streamed(live: Live, ask: Callable[[], Iterable[Any]], num_partials: int) -> list[Any]:
+    """All events of a stream. The run ends once its partial pictures are seen, for it takes them along."""
+    gate = live.engine.gate = Turnstile()
+    gate.let(num_partials)
+    events = []
+    for event in ask():
+        events.append(event)
+        if len(events) == num_partials:
+            gate.set()
+    return events
+
+
 def test_stream_has_partial_images_and_ends_with_usage(images: Live) -> None:
-    events = list(client(images).images.generate(prompt="a red circle", stream=True, partial_images=2))
+    generate = client(images).images.generate
+    events = streamed(images, lambda: generate(prompt="a red circle", stream=True, partial_images=2), 2)
     assert [event.type for event in events] == [
         "image_generation.partial_image",
         "image_generation.partial_image",
         "image_generation.completed",
     ]
-    assert [event.partial_image_index for event in events[:2]] == [0, 1]  # type: ignore[union-attr]
+    assert [event.partial_image_index for event in events[:2]] == [0, 1]
     assert picture(events[0].b64_json) == ("PNG", (8, 8)) and picture(events[2].b64_json) == ("PNG", (64, 64))
 
 
@@ -214,7 +229,8 @@ def test_edit_of_one_of_several_and_with_a_mask(edits: Live) -> None:
 
 
 def test_edit_as_a_stream(edits: Live) -> None:
-    events = list(client(edits).images.edit(image=png(), prompt="make it blue", stream=True, partial_images=1))
+    edit = client(edits).images.edit
+    events = streamed(edits, lambda: edit(image=png(), prompt="make it blue", stream=True, partial_images=1), 1)
     assert [event.type for event in events] == ["image_edit.partial_image", "image_edit.completed"]
 
 

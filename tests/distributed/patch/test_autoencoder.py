@@ -75,8 +75,8 @@ def spread(names: list[str]) -> dict[str, tuple[bool, set[str], int]]:
     ("names", "num_ranks"),
     [
         pytest.param(UNTILED, 2, marks=pytest.mark.thorough, id="all"),
-        pytest.param(by_turns(UNTILED, 5), 2, id="by turns"),
-        pytest.param(NAMED, 4, id="four ranks"),
+        pytest.param(by_turns(UNTILED, 6), 2, id="by turns"),
+        pytest.param(NAMED, 4, marks=pytest.mark.thorough, id="four ranks"),
     ],
 )
 def test_encode_and_decode_are_those_of_one_rank(names: list[str], num_ranks: int) -> None:
@@ -99,7 +99,7 @@ def without_exchange(names: list[str]) -> dict[str, bool]:
 
 
 def test_without_the_exchange_every_result_is_wrong() -> None:
-    for found in run_ranks(2, without_exchange, by_turns(UNTILED, 4)):
+    for found in run_ranks(2, without_exchange, by_turns(UNTILED, 8)):
         assert all(found.values()), found
 
 
@@ -141,7 +141,7 @@ def peaks() -> tuple[int, int, int]:
     return alone.most, shared.most, picture.nbytes
 
 
-@pytest.mark.parametrize("num_ranks", [2, 4])
+@pytest.mark.parametrize("num_ranks", [2, pytest.param(4, marks=pytest.mark.thorough)])
 def test_activations_are_divided(num_ranks: int) -> None:
     for alone, shared, picture in run_ranks(num_ranks, peaks):
         assert shared <= 1.25 * alone / num_ranks + 2 * picture
@@ -218,7 +218,7 @@ def short() -> tuple[float, float]:
 
 def test_in_bfloat16_rows_are_no_further_off_than_one_rank() -> None:
     for control, far in run_ranks(2, short):
-        assert 0 < far <= 1.5 * control
+        assert far <= 1.5 * control and control > 0
 
 
 def few_rows() -> tuple[bool, int, list[str]]:
@@ -257,7 +257,7 @@ def compiled(what: str) -> tuple[bool, int, str]:
     return apart(decode(vae, latents), expected) < TOLERANCE, group.traffic.num_calls.total(), notes[0]
 
 
-@pytest.mark.parametrize("what", ["a module", "the call"])
+@pytest.mark.parametrize("what", ["a module", pytest.param("the call", marks=pytest.mark.thorough)])
 def test_a_compiled_vae_runs_whole(what: str) -> None:
     for is_right, num_calls, note in run_ranks(2, compiled, what):
         assert is_right and not num_calls and "the VAE is compiled" in note
