@@ -16,7 +16,7 @@ import torch
 
 from penstock.distributed.launcher import end_with
 from tests import zoo
-from tests.turns import IS_THOROUGH
+from tests.turns import IS_THOROUGH, not_their_turn
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of processes that tests start
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -27,9 +27,13 @@ torch.set_num_threads(1)  # the tests are small; several threads only wait for e
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave what is marked `thorough` to `make thorough`, and what needs a GPU to machines that have one."""
     left_out = [item for item in items if any(item.get_closest_marker(name) for name in _left_out_marks())]
+    here = Path(__file__).parent
+    rest = [item for item in items if item not in left_out and isinstance(item, pytest.Function)]
+    left_out += not_their_turn((str(item.path.relative_to(here)), item.originalname, item) for item in rest)
     if left_out:
         config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item not in left_out]
+        gone = set(left_out)
+        items[:] = [item for item in items if item not in gone]
 
 
 def _left_out_marks() -> list[str]:
