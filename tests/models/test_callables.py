@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import random
 import time
 from collections.abc import Callable
 from functools import partial
@@ -160,8 +161,38 @@ def in_a_partial(net: Net) -> Any:
     return partial(lambda store, x: store.keep(x), Store())
 
 
+def bound_methods_of_c(net: Net) -> Any:
+    kept: list[Any] = []
+    push = kept.append
+
+    def forward(x: Tensor) -> Tensor:
+        push(x)
+        return x
+
+    return forward
+
+
+def wrapped_method_of_c(net: Net) -> Any:
+    tick = itertools.count().__next__
+    return lambda x: x * tick()
+
+
+def result_in_what_is_there(net: Net) -> Any:
+    kept = torch.zeros(3)
+    return lambda x: x * torch.add(kept, 1.0, out=kept)
+
+
+def draws_of_torch(net: Net) -> Any:
+    return lambda x: x + torch.randn_like(x)
+
+
+def draws_of_python(net: Net) -> Any:
+    return lambda x: x if random.random() < 0.5 else x * 2
+
+
 STATEFUL: list[Callable[[Any], Any]] = [
     *(closure, iterator, attribute, buffer, list_of_the_module, in_no_grad, in_a_partial),
+    *(bound_methods_of_c, wrapped_method_of_c, result_in_what_is_there, draws_of_torch, draws_of_python),
     *(
         lambda _, f=f: f
         for f in (
@@ -234,7 +265,14 @@ def test_who_only_watches_is_told() -> None:
     def replace(module: Any, args: Any, output: Any) -> Any:
         return seen[0] if seen else None
 
+    class Counter:
+        num_calls = 0
+
+        def __call__(self, module: Any, args: Any, output: Any) -> None:
+            self.num_calls += 1
+
     assert habits_of(note).only_watches and habits_of(lambda *_: seen.append(1)).only_watches
+    assert habits_of(Counter()).only_watches and habits_of(lambda *given: print(given[2].shape)).only_watches
     assert not any(habits_of(hook).only_watches for hook in (change, in_place, replace))
 
 

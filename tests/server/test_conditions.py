@@ -68,6 +68,20 @@ def test_a_database_that_lost_its_file_takes_no_work(live: Live, tmp_path: Path,
         assert http.post("/v1/images/generations", json=ASKED).status_code == 200
 
 
+@pytest.mark.parametrize("least", [0, 1])
+@pytest.mark.parametrize("is_file", [False, True])
+def test_a_folder_that_is_gone_is_told_from_a_full_one(tmp_path: Path, least: int, is_file: bool) -> None:
+    folder = tmp_path / "files"
+    if is_file:
+        folder.touch()
+    looked = Conditions(None, [folder], least)
+    asyncio.run(looked.look())
+    with pytest.raises(ApiError) as caught:
+        looked.require()
+    assert (caught.value.status, caught.value.code) == (503, "storage_lost")
+    assert list(looked.problems) == ["storage_lost"]
+
+
 def test_they_are_looked_at_by_themselves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(conditions, "LOOK_S", 0.01)
     looked = Conditions(None, [tmp_path / "gone"], 1)

@@ -28,7 +28,8 @@ _LIBRARIES = {
     *("xformers", "flash_attn", "sageattention", "kernels", "triton", "einops", "timm", "scipy", "PIL"),
 }
 _CONSTANTS = (bool, int, float, complex, str, bytes, type(None), type(...), torch.dtype, torch.device, torch.Size)
-_STILL = (types.BuiltinFunctionType, FrozenDict, logging.Logger)
+_STILL = (FrozenDict, logging.Logger)
+_OF_C = (types.BuiltinFunctionType, types.MethodWrapperType)
 _CHANGEABLE = (list, dict, set, bytearray)
 _STORES = {"STORE_ATTR", "DELETE_ATTR", "STORE_GLOBAL", "DELETE_GLOBAL"}
 _REBINDS = {"STORE_DEREF", "DELETE_DEREF"}
@@ -41,11 +42,16 @@ _ACROSS = {
     *("einsum", "layer_norm", "group_norm", "instance_norm", "interpolate", "pad", "chunk", "split", "cat", "stack"),
     *("shape", "size", "numel", "narrow", "index_select", "gather", "scatter", "transpose", "permute", "reshape"),
     *("view", "flatten", "unflatten", "scaled_dot_product_attention", "conv1d", "conv2d", "conv3d", "avg_pool2d"),
-    *("rand", "randn", "rand_like", "randn_like", "randint", "randperm", "multinomial", "dropout", "normal"),
 }
-"""Names of what looks from one number to another, or draws: a part of a batch or a sequence gives another result."""
+"""Names of what looks from one number to another: a part of a batch or a sequence gives another result."""
+_DRAWS = {
+    *("rand", "randn", "rand_like", "randn_like", "randint", "randint_like", "randperm", "multinomial", "bernoulli"),
+    *("dropout", "normal", "uniform", "poisson", "random", "randrange", "choice", "choices", "shuffle", "gauss"),
+    *("standard_normal", "default_rng", "urandom", "Generator", "initial_seed"),
+}
+"""Names of what gives something else each time: the generator is state that calls share."""
 _MAKES = {"__init__", "__new__", "__post_init__", "__setstate__", "__repr__"}
-_RETURN_NONE = {"append", "appendleft", "add", "extend", "update", "__setitem__", "insert", "clear"}
+_RETURN_NONE = {"append", "appendleft", "extend", "__setitem__"}
 
 
 @dataclass(frozen=True)
@@ -184,6 +190,8 @@ class _Reading:
     def _read_codes(self, function: types.FunctionType) -> None:
         outer = set(function.__code__.co_freevars)
         for code in _codes(function.__code__):
+            if any(isinstance(names, tuple) and "out" in names for names in code.co_consts):
+                self.keeps_state = self.works_in_place = True  # a keyword: the result goes into what is there
             for step in dis.get_instructions(code):
                 self._read_step(step, outer, function.__globals__)
 
@@ -194,6 +202,7 @@ class _Reading:
         self.slices |= step.opname in ("BUILD_SLICE", "BINARY_SLICE", "STORE_SLICE")
         self.sets_items |= step.opname in ("STORE_SUBSCR", "STORE_SLICE", "DELETE_SUBSCR")
         self.looks_across |= name in _ACROSS or step.argrepr in ("@", "@=")
+        self.keeps_state |= name in _DRAWS
         if step.opname == "IMPORT_NAME" and not _is_trusted(name):
             self.keeps_state = True
         if step.opname == "LOAD_GLOBAL":
@@ -222,6 +231,9 @@ class _Reading:
                 continue
             if isinstance(value, (tuple, frozenset)):
                 self.reach(value)
+            elif isinstance(value, _OF_C):
+                if not isinstance(value.__self__, (types.ModuleType, type)):  # a method: of what may change
+                    self.reach([value.__self__])
             elif isinstance(value, (types.FunctionType, types.MethodType, partial)):
                 self.read(value)
             elif id(value) not in self._seen:
@@ -275,11 +287,14 @@ def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
 def _returns_nothing(call: Callable[..., Any]) -> bool:
     """Whether every way out of a function gives None."""
     function = plain_function(call)
+    if not inspect.isroutine(function):
+        function = plain_function(inspect.getattr_static(type(function), "__call__", None))
     if not isinstance(function, types.FunctionType):
         return False
     steps = list(dis.get_instructions(function.__code__))
     if function.__code__.co_name == "<lambda>" and any(
-        step.opname in ("LOAD_METHOD", "LOAD_ATTR") and step.argval in _RETURN_NONE for step in steps
+        (step.opname in ("LOAD_METHOD", "LOAD_ATTR") and step.argval in _RETURN_NONE) or step.argval == "print"
+        for step in steps
     ):
         return True
     return all(

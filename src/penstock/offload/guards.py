@@ -87,6 +87,12 @@ def _refusal(owner: Any, name: str) -> Callable[..., Any]:
             and (args == (False,) or [*kwargs.values()] == [False])
         ):
             return own(*args, **kwargs)  # what `eval` calls, and what changes nothing
+        if name in _COPIES:
+            raise ConfigError(
+                f"a copy of this {type(owner).__name__} would need weights of its own, and penstock streams or splits "
+                "them. For another pipeline with the same modules call from_pipe(); for a copy call remove() on what "
+                "penstock.placed_on(pipeline) returns, then copy, then apply again."
+            )
         raise ConfigError(
             f"{type(owner).__name__}.{name} would change, move or copy weights that penstock has placed. Call remove() "
             "on what penstock.apply returned (or load with offload='none'), then do this, then apply again."

@@ -19,7 +19,7 @@ from penstock.server.threads import FILES
 LOOK_S = 5.0
 """Seconds between two looks while nobody asks for anything."""
 
-_STORAGE, _DATABASE = "storage_full", "database_lost"
+_STORAGE, _LOST, _DATABASE = "storage_full", "storage_lost", "database_lost"
 
 
 class Conditions:
@@ -46,11 +46,15 @@ class Conditions:
         """Refuse new work where the last look found that it could not be kept.
 
         Raises:
-            ApiError: 507 without room, 503 without a record; clients that try again by themselves are told not to.
+            ApiError: 507 without room, 503 without folders or a record; clients that try again by
+                themselves are told not to.
         """
         if _STORAGE in self.problems:
             message = "the server has no room for what would be made, and makes nothing. Ask again once it has."
             raise ApiError(507, message, code=_STORAGE)
+        if _LOST in self.problems:
+            message = "the server cannot write its files, and makes nothing. Its log says what is to be done."
+            raise ApiError(503, message, code=_LOST)
         if _DATABASE in self.problems:
             message = "the server has lost its record of jobs, and makes nothing. Its log says what is to be done."
             raise ApiError(503, message, code=_DATABASE)
@@ -78,10 +82,13 @@ class Conditions:
                 f"the database's file {self._database} was removed or replaced, and what is recorded goes nowhere. Put "
                 "the very file back, or start the server again: it begins with the file that is there, or a new one."
             )
-        for folder in self._folders if self._least_bytes else ():
-            if lacking := _lacking(folder, self._least_bytes):
+        for folder in self._folders:
+            if not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
+                found[_LOST] = (
+                    f"{folder} is no folder that this server can write to. Make it again, or start the server again."
+                )
+            elif self._least_bytes and (lacking := _lacking(folder, self._least_bytes)):
                 found[_STORAGE] = lacking
-                break
         return found
 
 

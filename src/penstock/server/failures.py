@@ -84,6 +84,7 @@ class ApiError(Exception):
         retry_after_s: int | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
+        message = in_fields(message)
         super().__init__(message)
         if param is not None and len(param) > MOST_NAME:
             for spelt, cut in ((repr(param), repr(param[:MOST_NAME])), (param, param[:MOST_NAME])):
@@ -121,9 +122,7 @@ def envelope(status: int, message: str, *, code: str | None = None, param: str |
 def of_failure(failure: Failure) -> ApiError:
     """What to answer to the request whose job failed so."""
     status, retry_after_s = _OF_RANKS.get(failure.code, (500, None))
-    return ApiError(
-        status, in_fields(failure.message), code=failure.code, param=failure.param, retry_after_s=retry_after_s
-    )
+    return ApiError(status, failure.message, code=failure.code, param=failure.param, retry_after_s=retry_after_s)
 
 
 def in_fields(message: str) -> str:
@@ -216,9 +215,9 @@ async def _penstock_error(request: Request, error: Exception) -> JSONResponse:
 def from_error(error: Exception) -> ApiError:
     """The answer to an exception of ours."""
     if isinstance(error, QueueFullError):
-        return ApiError(429, in_fields(str(error)), code="queue_full", retry_after_s=error.retry_after_s)
+        return ApiError(429, str(error), code="queue_full", retry_after_s=error.retry_after_s)
     if isinstance(error, NotReadyError):
-        return ApiError(503, in_fields(str(error)), code="not_ready", retry_after_s=NOT_READY_RETRY_S)
+        return ApiError(503, str(error), code="not_ready", retry_after_s=NOT_READY_RETRY_S)
     if isinstance(error, StoreError):
         structlog.get_logger().error("the database failed", error=str(error))
         message = "the server's database does not answer as it should. Try again; the server's log says what is wrong."
@@ -230,7 +229,7 @@ def from_error(error: Exception) -> ApiError:
         message = "the server's storage does not answer as it should. Try again; the server's log says what is wrong."
         return ApiError(503, message, code="storage_failed", retry_after_s=STORAGE_RETRY_S)
     if isinstance(error, UsageError):
-        return invalid(error.param if isinstance(error, RequestError) else None, in_fields(str(error)))
+        return invalid(error.param if isinstance(error, RequestError) else None, str(error))
     return ApiError(500, in_fields(str(error)), code="internal_error")
 
 

@@ -29,6 +29,7 @@ _LIVE = ("idle", "busy")
 _RETRY = {"retry-after": "5"}
 _PROBLEMS = {
     "storage_full": "there is no room for new files; the log says where",
+    "storage_lost": "files cannot be written; the log says where",
     "database_lost": "the database's file was removed or replaced; the log says which",
 }
 _OBJECT = {"application/json": {"schema": {"type": "object"}}}

@@ -29,6 +29,8 @@ WHOLE: dict[str, Any] = {
     "every second row": lambda x: x[:, :, ::2],
     "one row": lambda x: x[:, :, 3] + x[:, :, 5],
     "rows turned": lambda x: x.flip(2),
+    "rolled through all": lambda x: x.roll(1),
+    "unfolded": lambda x: x.unfold(1, 2, 2),
     "first rows": lambda x: x[:, :, :2],
     "rows among others": lambda x: x.view(2, 4, 2, 8, 6) * 2,
     "drawn": lambda x: torch.randn_like(x) * 0 + x.sum(),

@@ -95,7 +95,8 @@ def _beside(named: dict[str, Any], dim: int, ndim: int) -> int | None:
 
 
 def _beside_all(named: dict[str, Any], dim: int, ndim: int) -> int | None:
-    return None if dim in [other % ndim for other in named["dims"]] else dim
+    dims = [other % ndim for other in named["dims"]]
+    return None if dim in dims or not dims else dim  # `roll` without dimensions runs through all of them
 
 
 operation("permute")(_viewing(_permuted))
@@ -103,7 +104,7 @@ operation("transpose", "t")(_viewing(_transposed))
 operation("unsqueeze")(_viewing(_unsqueezed))
 operation("squeeze")(_viewing(_squeezed))
 operation("select", "unbind")(_viewing(_without))
-operation("split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes", "unfold")(_viewing(_beside))
+operation("split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes")(_viewing(_beside))
 operation("_softmax", "_log_softmax", "cumsum", "cumprod", "sort", "glu", "index_select")(_viewing(_beside))
 operation("flip", "roll")(_viewing(_beside_all))
 
