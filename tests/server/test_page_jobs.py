@@ -83,7 +83,7 @@ def test_requests_wait_at_the_server_and_go_on_without_a_page(live: Live, open_p
     with live.client() as client:
         await_that(lambda: client.get("/health").json()["jobs_unfinished"] == 0)
         jobs = client.get("/v1/jobs").json()["data"]
-    assert [job["prompt"] for job in jobs] == [f"number {number}" for number in reversed(range(6))]
+    assert sorted(job["prompt"] for job in jobs) == [f"number {number}" for number in range(6)]
     assert {job["status"] for job in jobs} == {"completed"}
 
 
