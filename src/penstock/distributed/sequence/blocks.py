@@ -93,7 +93,7 @@ class _Split:
         self.row = row
         self.streams = streams
         self.others = others
-        self.is_running = False
+        self.num_running = 0  # calls of the denoiser; those of one step may take turns at its blocks
         self.is_cut = False  # whether blocks gave streams that were not joined
         self.looks: list[tuple[nn.Module, dispatch.Look]] = []
         self.undo = Undo()
@@ -128,6 +128,11 @@ class _Split:
         """Have a hook see what a module returns while the denoiser runs."""
         self.undo.add(module.register_forward_hook(partial(self.while_running, hook)).remove)
 
+    @property
+    def is_running(self) -> bool:
+        """Whether a call of the denoiser has begun and not ended."""
+        return self.num_running > 0
+
     def while_running(self, hook: Callable[..., Any], *given: Any) -> Any:
         """What a hook gives; nothing where the denoiser does not run."""
         return hook(*given) if self.is_running else None
@@ -152,7 +157,7 @@ class _Split:
         self.looks.clear()
         self.streams.begin()
         self.is_cut = False
-        self.is_running = True
+        self.num_running += 1
         names = _parameters(denoiser)
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         for name, reason in self.row.refuses.items():
@@ -166,7 +171,7 @@ class _Split:
 
     def end(self, denoiser: nn.Module, args: Any, output: Any) -> None:
         """After the denoiser: nothing may be left cut."""
-        self.is_running = False
+        self.num_running = max(self.num_running - 1, 0)
         if self.is_cut and output is not None:
             raise GenerationError(
                 f"the last block of {self.streams.owner} did not run, so that its tokens were left cut over "
@@ -175,7 +180,7 @@ class _Split:
 
     def rest(self, *_: Any) -> None:
         """Before another model: the denoiser does not run, even where Ctrl-C has ended it, after which no hook runs."""
-        self.is_running = False
+        self.num_running = 0
 
     def cut(
         self,
