@@ -122,7 +122,7 @@ def split_weights(pipeline: Any, mesh: Mesh) -> Undo:
 
 
 def split_work(
-    pipeline: Any, mesh: Mesh, meeting: Meeting | None = None, *, tell: Tell = print, is_streaming: bool = False
+    pipeline: Any, mesh: Mesh, meeting: Meeting | None = None, *, tell: Tell, is_streaming: bool = False
 ) -> Undo:
     """Split what a placed pipeline computes.
 
